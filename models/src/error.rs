@@ -1,0 +1,45 @@
+use std::path::PathBuf;
+
+/// What can go wrong with a model's files. Each message names the file or tensor, what is wrong and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused a file.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file's contents are not what they should be.
+    #[error("{}: {what}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        what: String,
+    },
+    /// A model, tokenizer or template that cannot be used as asked.
+    #[error("{0}")]
+    Model(String),
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// The operating system refused `path`.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Error::Io { path: path.into(), source }
+    }
+
+    /// The contents of `path` are wrong: `what` says how and what to do.
+    pub fn file(path: impl Into<PathBuf>, what: impl Into<String>) -> Self {
+        Error::File { path: path.into(), what: what.into() }
+    }
+
+    /// The model cannot be used as asked: `what` says why and what to do.
+    pub fn model(what: impl Into<String>) -> Self {
+        Error::Model(what.into())
+    }
+}
