@@ -134,9 +134,9 @@ fn mul_some<const R: usize>(panel: &CodePanel<'_>, x: QuantizedRows<'_>, first: 
         let mut dots = [[_mm256_setzero_si256(); 2]; R];
         for k in s * quads..(s + 1) * quads {
             // SAFETY: `k < cols / 4`, and the first assertion.
-            let w: [__m256i; 2] = std::array::from_fn(|h| unsafe {
-                _mm256_loadu_si256(panel.codes.as_ptr().add(k * 64 + h * 32).cast())
-            });
+            let at = panel.codes[k * 64..(k + 1) * 64].as_ptr();
+            // SAFETY: 64 codes from here on.
+            let w = unsafe { [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(32).cast())] };
             let magnitude = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
             for r in 0..R {
                 // SAFETY: each row has `cols` codes.

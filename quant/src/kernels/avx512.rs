@@ -164,15 +164,17 @@ fn mul_some<const R: usize, const P: usize>(
     let mut acc = [[_mm512_setzero_ps(); P]; R];
     for s in 0..cols / sub {
         // The panels' codes are raised by 128: begin with what that adds taken off.
-        let mut dots: [[__m512i; P]; R] = std::array::from_fn(|r| {
-            let c = if sub == 16 { x[r].c16[s] } else { x[r].c32[s] };
-            [_mm512_set1_epi32(c); P]
-        });
+        let mut dots = [[_mm512_setzero_si512(); P]; R];
+        for r in 0..R {
+            dots[r] = [_mm512_set1_epi32(if sub == 16 { x[r].c16[s] } else { x[r].c32[s] }); P];
+        }
         for k in s * quads..(s + 1) * quads {
             // SAFETY: `k < cols / 4`, and the assertions.
             unsafe {
-                let w: [__m512i; P] =
-                    std::array::from_fn(|p| _mm512_loadu_si512(panels[p].codes.as_ptr().add(k * 64).cast()));
+                let mut w = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    w[p] = _mm512_loadu_si512(panels[p].codes.as_ptr().add(k * 64).cast());
+                }
                 for r in 0..R {
                     let a = _mm512_set1_epi32(x[r].q.as_ptr().add(k * 4).cast::<i32>().read_unaligned());
                     for p in 0..P {
@@ -348,7 +350,10 @@ pub(super) fn gemm(s: GemmShape, a: &[f32], b: &[f32], c: &mut [f32]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn gemm_some<const R: usize, const P: usize>(s: GemmShape, width: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
-    let masks: [__mmask16; P] = std::array::from_fn(|p| first(width - p * PANEL));
+    let mut masks = [0 as __mmask16; P];
+    for p in 0..P {
+        masks[p] = first(width - p * PANEL);
+    }
     let mut acc = [[_mm512_setzero_ps(); P]; R];
     if s.add {
         for r in 0..R {
@@ -361,11 +366,14 @@ fn gemm_some<const R: usize, const P: usize>(s: GemmShape, width: usize, a: &[f3
     for k in 0..s.k {
         // SAFETY: each panel of `b` has `k` rows of 16, and `a` has `R` rows of `k` (asserted by `gemm`).
         unsafe {
-            let b: [__m512; P] = std::array::from_fn(|p| _mm512_loadu_ps(b.as_ptr().add(p * s.ldb + k * PANEL)));
+            let mut w = [_mm512_setzero_ps(); P];
+            for p in 0..P {
+                w[p] = _mm512_loadu_ps(b.as_ptr().add(p * s.ldb + k * PANEL));
+            }
             for r in 0..R {
                 let a = _mm512_set1_ps(*a.as_ptr().add(r * s.lda + k));
                 for p in 0..P {
-                    acc[r][p] = _mm512_fmadd_ps(a, b[p], acc[r][p]);
+                    acc[r][p] = _mm512_fmadd_ps(a, w[p], acc[r][p]);
                 }
             }
         }

@@ -421,6 +421,76 @@ macro_rules! eight_times {
 #[repr(align(64))]
 struct Factors([f32; 16]);
 
+/// What the products of a run's groups are multiplied by: `R` rows' scales times the activations', and the minimums
+/// added up. Functions rather than closures: a closure would not take on the target features of the kernel.
+#[inline(always)]
+unsafe fn prepare<C: Codes, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    n: usize,
+    d: *const f32,
+    s32: *const f32,
+    s16: *const f32,
+    factors: &mut [Factors; R],
+    mins: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for `n` groups in each row, and eight (`s16`: sixteen) numbers behind each pointer.
+    unsafe {
+        let d = _mm256_loadu_ps(d);
+        for r in 0..R {
+            let at = first.add(r * row_bytes);
+            let [a, b] = C::scales(at, n);
+            let to = factors[r].0.as_mut_ptr();
+            if C::HALVES {
+                let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                _mm256_store_ps(to, _mm256_mul_ps(a, low));
+                _mm256_store_ps(to.add(8), _mm256_mul_ps(b, high));
+            } else {
+                _mm256_store_ps(to, _mm256_mul_ps(a, d));
+            }
+            if C::HAS_MIN {
+                let [a, b] = C::mins(at, n);
+                if C::HALVES {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s16), mins[r]);
+                    mins[r] = _mm256_fmadd_ps(b, _mm256_loadu_ps(s16.add(8)), mins[r]);
+                } else {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s32), mins[r]);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of group `g` of the run at `first` and of the 32 activations at `q`.
+#[inline(always)]
+unsafe fn multiply<C: Codes, D: Dot, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    g: usize,
+    q: *const i8,
+    factors: &[Factors; R],
+    sums: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for the group in each row and for 32 activations.
+    unsafe {
+        let a = _mm256_loadu_si256(q.cast());
+        let start = D::start(C::ZERO, a);
+        for r in 0..R {
+            let codes = C::codes(first.add(r * row_bytes), g);
+            let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, codes, a));
+            let factor = factors[r].0.as_ptr();
+            let factor = if C::HALVES {
+                let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*factor.add(2 * g).cast::<f64>()));
+                _mm256_permutevar8x32_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+            } else {
+                _mm256_broadcast_ss(&*factor.add(g))
+            };
+            sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
     first: *const u8,
@@ -434,63 +504,24 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
         let mut sums = [_mm256_setzero_ps(); R];
         let mut mins = [_mm256_setzero_ps(); R];
         let mut factors = [const { Factors([0.0; 16]) }; R];
-        let mut prepare =
-            |run: usize, n: usize, d: *const f32, s32: *const f32, s16: *const f32, factors: &mut [Factors; R]| {
-                let d = _mm256_loadu_ps(d);
-                for r in 0..R {
-                    let at = first.add(r * row_bytes + run * C::RUN);
-                    let [a, b] = C::scales(at, n);
-                    let to = factors[r].0.as_mut_ptr();
-                    if C::HALVES {
-                        let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-                        let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
-                        _mm256_store_ps(to, _mm256_mul_ps(a, low));
-                        _mm256_store_ps(to.add(8), _mm256_mul_ps(b, high));
-                    } else {
-                        _mm256_store_ps(to, _mm256_mul_ps(a, d));
-                    }
-                    if C::HAS_MIN {
-                        let [a, b] = C::mins(at, n);
-                        if C::HALVES {
-                            mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s16), mins[r]);
-                            mins[r] = _mm256_fmadd_ps(b, _mm256_loadu_ps(s16.add(8)), mins[r]);
-                        } else {
-                            mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s32), mins[r]);
-                        }
-                    }
-                }
-            };
-        let mut multiply = |run: usize, g: usize, factors: &[Factors; R]| {
-            let a = _mm256_loadu_si256(x.q.as_ptr().add((run * 8 + g) * 32).cast());
-            let start = D::start(C::ZERO, a);
-            for r in 0..R {
-                let codes = C::codes(first.add(r * row_bytes + run * C::RUN), g);
-                let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, codes, a));
-                let factor = factors[r].0.as_ptr();
-                let factor = if C::HALVES {
-                    let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*factor.add(2 * g).cast::<f64>()));
-                    _mm256_permutevar8x32_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
-                } else {
-                    _mm256_broadcast_ss(&*factor.add(g))
-                };
-                sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
-            }
-        };
+        let q = x.q.as_ptr();
         for run in 0..groups / 8 {
-            let at = run * 8;
-            prepare(run, 8, x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at), &mut factors);
-            eight_times!(G => multiply(run, G, &factors));
+            let (first, at) = (first.add(run * C::RUN), run * 8);
+            let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
+            prepare::<C, R>(first, row_bytes, 8, d, s32, s16, &mut factors, &mut mins);
+            eight_times!(G => multiply::<C, D, R>(first, row_bytes, G, q.add((at + G) * 32), &factors, &mut sums));
         }
         let left = groups % 8;
         if left > 0 {
-            let at = groups - left;
+            let (first, at) = (first.add(groups / 8 * C::RUN), groups - left);
             let (mut d, mut s32, mut s16) = ([0f32; 8], [0f32; 8], [0f32; 16]);
             d[..left].copy_from_slice(&x.d[at..]);
             s32[..left].copy_from_slice(&x.s32[at..]);
             s16[..2 * left].copy_from_slice(&x.s16[2 * at..]);
-            prepare(groups / 8, left, d.as_ptr(), s32.as_ptr(), s16.as_ptr(), &mut factors);
+            let (d, s32, s16) = (d.as_ptr(), s32.as_ptr(), s16.as_ptr());
+            prepare::<C, R>(first, row_bytes, left, d, s32, s16, &mut factors, &mut mins);
             for g in 0..left {
-                multiply(groups / 8, g, &factors);
+                multiply::<C, D, R>(first, row_bytes, g, q.add((at + g) * 32), &factors, &mut sums);
             }
         }
         for r in 0..R {
