@@ -4,7 +4,11 @@
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
 
@@ -42,6 +46,8 @@ impl Isa {
     pub fn available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -78,6 +84,8 @@ impl Isa {
     /// are given.
     pub(crate) fn kernels(self) -> Kernels {
         match self {
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
             _ => scalar::kernels(),
         }
     }
