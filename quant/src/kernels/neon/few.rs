@@ -1,7 +1,7 @@
 //! Few rows: each packed weight row is read once and multiplied where it lies.
 
 use super::instructions::*;
-use crate::formats::{BlockFormat, Format, Visitor};
+use crate::formats::{BlockFormat, Format, Group, Visitor};
 use crate::kernels::{DotCodes, DotFloats, QuantizedRow, scalar};
 
 pub(super) fn dot_codes_plain(format: Format) -> DotCodes {
@@ -25,40 +25,58 @@ pub(super) fn dot_codes_dotprod(format: Format) -> DotCodes {
 
 #[inline(always)]
 fn dot_codes_of<F: BlockFormat, S: Sdot>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
-    let row_bytes = x.q.len() / (32 * F::GROUPS) * F::BYTES;
-    let quads = x.q.as_chunks::<16>().0.as_chunks::<2>().0;
-    for (out, row) in out.iter_mut().zip(data.chunks_exact(row_bytes)) {
-        let mut sum = vdupq_n_f32(0.0);
-        let mut mins = 0f32;
+    let blocks = x.q.len() / (32 * F::GROUPS);
+    let groups = blocks * F::GROUPS;
+    let q = &x.q.as_chunks::<16>().0.as_chunks::<2>().0[..groups];
+    let d = &x.d[..groups];
+    let sums = &x.s32[..groups];
+    let half_sums = &x.s16.as_chunks::<2>().0[..groups];
+    for (out, row) in out.iter_mut().zip(data.chunks_exact(blocks * F::BYTES)) {
+        let mut acc = Acc { sum: vdupq_n_f32(0.0), mins: 0.0 };
         for (b, block) in row.chunks_exact(F::BYTES).enumerate() {
-            let first = b * F::GROUPS;
-            let q = &quads[first..first + F::GROUPS];
-            let d = &x.d[first..first + F::GROUPS];
-            let s16 = &x.s16[2 * first..2 * (first + F::GROUPS)];
-            let s32 = &x.s32[first..first + F::GROUPS];
-            for g in 0..F::GROUPS {
-                let group = F::group(block, g);
-                let (codes, _) = group.codes.as_chunks::<16>();
-                let zero = vdupq_n_s32(0);
-                if F::HALVES {
-                    for h in 0..2 {
-                        let dot = vcvtq_f32_s32(S::sdot(zero, load_i8(&codes[h]), load_i8(&q[g][h])));
-                        sum = vfmaq_n_f32(sum, dot, group.scale[h] * d[g]);
-                        if F::HAS_MIN {
-                            mins = group.min[h].mul_add(s16[2 * g + h], mins);
-                        }
-                    }
-                } else {
-                    let dot = S::sdot(zero, load_i8(&codes[0]), load_i8(&q[g][0]));
-                    let dot = vcvtq_f32_s32(S::sdot(dot, load_i8(&codes[1]), load_i8(&q[g][1])));
-                    sum = vfmaq_n_f32(sum, dot, group.scale[0] * d[g]);
-                    if F::HAS_MIN {
-                        mins = group.min[0].mul_add(s32[g], mins);
-                    }
-                }
+            // Written out, so that the shifts of each group are constants.
+            macro_rules! groups {
+                ($($g:literal),*) => {$(
+                    let i = b * F::GROUPS + $g;
+                    acc.group::<F, S>(&F::group(block, $g), &q[i], d[i], &half_sums[i], sums[i]);
+                )*};
+            }
+            groups!(0);
+            if F::GROUPS == 8 {
+                groups!(1, 2, 3, 4, 5, 6, 7);
             }
         }
-        *out = vaddvq_f32(sum) - mins;
+        *out = vaddvq_f32(acc.sum) - acc.mins;
+    }
+}
+
+/// A dot product on its way.
+struct Acc {
+    sum: float32x4_t,
+    mins: f32,
+}
+
+impl Acc {
+    #[inline(always)]
+    fn group<F: BlockFormat, S: Sdot>(&mut self, w: &Group, q: &[[i8; 16]; 2], d: f32, half_sums: &[f32; 2], sum: f32) {
+        let (codes, _) = w.codes.as_chunks::<16>();
+        let zero = vdupq_n_s32(0);
+        let first = S::sdot(zero, load_i8(&codes[0]), load_i8(&q[0]));
+        if F::HALVES {
+            let second = S::sdot(zero, load_i8(&codes[1]), load_i8(&q[1]));
+            self.sum = vfmaq_n_f32(self.sum, vcvtq_f32_s32(first), w.scale[0] * d);
+            self.sum = vfmaq_n_f32(self.sum, vcvtq_f32_s32(second), w.scale[1] * d);
+            if F::HAS_MIN {
+                self.mins = w.min[0].mul_add(half_sums[0], self.mins);
+                self.mins = w.min[1].mul_add(half_sums[1], self.mins);
+            }
+        } else {
+            let both = S::sdot(first, load_i8(&codes[1]), load_i8(&q[1]));
+            self.sum = vfmaq_n_f32(self.sum, vcvtq_f32_s32(both), w.scale[0] * d);
+            if F::HAS_MIN {
+                self.mins = w.min[0].mul_add(sum, self.mins);
+            }
+        }
     }
 }
 
