@@ -12,7 +12,11 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod codes256;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
 
@@ -100,6 +104,8 @@ impl Isa {
             Isa::Avx512 if self.available() => avx512::kernels(),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx if self.available() => amx::kernels(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
             _ => scalar::kernels(),
         }
     }
