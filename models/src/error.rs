@@ -43,7 +43,13 @@ fn one_line(mut text: String) -> String {
         text = escaped;
     }
     if text.len() > MAX_MESSAGE {
-        text.truncate(text.floor_char_boundary(MAX_MESSAGE));
+        text = text
+            .chars()
+            .scan(0, |len, c| {
+                *len += c.len_utf8();
+                (*len <= MAX_MESSAGE).then_some(c)
+            })
+            .collect();
         text.push('…');
     }
     text

@@ -175,6 +175,32 @@ fn gguf_seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
+fn safetensors_seeds() -> Vec<Vec<u8>> {
+    let mixed = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,4],"data_offsets":[0,16]},"b.qweight":{"dtype":"I32","shape":[1,2],"data_offsets":[16,24]},"c":{"dtype":"F16","shape":[],"data_offsets":[24,26]}}   "#;
+    vec![
+        builder::vectors(&[("model.embed_tokens.weight", 8), ("lm_head.weight", 4), ("x", 0)]),
+        safetensors_file(mixed, 26),
+        safetensors_file("{}", 0),
+    ]
+}
+
+const CONFIG: &str = r#"{"architectures":["LlamaForCausalLM"],"hidden_size":64,"rope_scaling":{"factor":8.0,"type":"linear"},"tie_word_embeddings":false,"x":null,"eos_token_id":[1,-2]}"#;
+const INDEX: &str = r#"{"metadata":{"total_size":96},"weight_map":{"a.weight":"model-00001-of-00002.safetensors","b.weight":"model-00002-of-00002.safetensors"}}"#;
+
+/// Not a test: leaves the seeds where `scripts/fuzz.sh` wants them.
+#[test]
+#[ignore = "writes the seeds of the fuzz targets"]
+fn write_fuzz_seeds() {
+    let texts = [CONFIG, INDEX].map(|text| text.as_bytes().to_vec()).to_vec();
+    for (target, seeds) in [("gguf", gguf_seeds()), ("safetensors", safetensors_seeds()), ("config", texts)] {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
+        std::fs::create_dir_all(&dir).unwrap();
+        for (i, seed) in seeds.iter().enumerate() {
+            std::fs::write(dir.join(format!("seed-{i}")), seed).unwrap();
+        }
+    }
+}
+
 #[test]
 fn ten_thousand_damaged_gguf_files() {
     let seeds = gguf_seeds();
@@ -210,14 +236,7 @@ fn ten_thousand_damaged_gguf_files() {
 
 #[test]
 fn ten_thousand_damaged_safetensors_files() {
-    let seeds = [
-        builder::vectors(&[("model.embed_tokens.weight", 8), ("lm_head.weight", 4), ("x", 0)]),
-        safetensors_file(
-            r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,4],"data_offsets":[0,16]},"b.qweight":{"dtype":"I32","shape":[1,2],"data_offsets":[16,24]},"c":{"dtype":"F16","shape":[],"data_offsets":[24,26]}}   "#,
-            26,
-        ),
-        safetensors_file("{}", 0),
-    ];
+    let seeds = safetensors_seeds();
     let mut random = Random(0x5eed_0002);
     let (mut read, mut most) = (0, 0);
     for i in 0..MUTANTS {
@@ -250,11 +269,9 @@ fn ten_thousand_damaged_safetensors_files() {
 
 #[test]
 fn ten_thousand_damaged_configurations() {
-    let config = r#"{"architectures":["LlamaForCausalLM"],"hidden_size":64,"rope_scaling":{"factor":8.0,"type":"linear"},"tie_word_embeddings":false,"x":null,"eos_token_id":[1,-2]}"#;
-    let index = r#"{"metadata":{"total_size":96},"weight_map":{"a.weight":"model-00001-of-00002.safetensors","b.weight":"model-00002-of-00002.safetensors"}}"#;
     let mut random = Random(0x5eed_0003);
     for _ in 0..MUTANTS {
-        for (seed, other) in [(config, index), (index, config)] {
+        for (seed, other) in [(CONFIG, INDEX), (INDEX, CONFIG)] {
             let mut text = seed.as_bytes().to_vec();
             mutate(&mut random, &mut text, other.as_bytes(), true);
             let path = Path::new("mutant");

@@ -110,7 +110,7 @@ impl<'a> Cursor<'a> {
         let count = self.u64(what)?;
         let start = self.at;
         // The least that `count` elements take, so that a lie about the count is found before anything is walked.
-        let least = count.checked_mul(kind.size().unwrap_or(8) as u64).unwrap_or(u64::MAX);
+        let least = count.saturating_mul(kind.size().unwrap_or(8) as u64);
         let mut data = self.take(least, what)?;
         if kind == ValueType::String {
             self.at = start;
