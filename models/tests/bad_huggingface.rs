@@ -167,6 +167,9 @@ fn what_a_directory_lacks() {
     assert_eq!(generation_config.as_ref().unwrap()["temperature"], 0.6);
     model.put("generation_config.json", "{\n\"temperature\":\n").refused(&["generation_config.json", "line 3"]);
 
+    let file = model.0.path().join("model.safetensors");
+    assert!(Checkpoint::open(&file).unwrap_err().to_string().contains("name the directory"));
+
     let bare = || {
         let model = Model::new();
         model.put("config.json", "{}");

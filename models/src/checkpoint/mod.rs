@@ -99,7 +99,15 @@ impl Checkpoint {
     /// Opens a `.gguf` file (the first of a split set opens the set) or a Hugging Face directory.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let about = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if about.is_dir() { huggingface::open(path) } else { gguf::open(path) }
+        if about.is_dir() {
+            return huggingface::open(path);
+        }
+        match path.extension().and_then(|ext| ext.to_str()) {
+            Some("safetensors" | "json") => {
+                Err(Error::file(path, "a part of a Hugging Face model: name the directory that holds it"))
+            }
+            _ => gguf::open(path),
+        }
     }
 
     /// Puts together what `files` hold, each in file order. Fails on a name that comes twice.

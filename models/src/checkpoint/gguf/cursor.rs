@@ -114,12 +114,22 @@ impl<'a> Cursor<'a> {
         let mut data = self.take(least, what)?;
         if kind == ValueType::String {
             self.at = start;
+            // Vocabularies have hundreds of thousands of strings: they are walked as one slice.
+            let file: &[u8] = self.file;
             for _ in 0..count {
-                let len = self.u64(what)?;
-                let text = self.take(len, what)?;
-                if std::str::from_utf8(&text).is_err() {
+                let text = file[self.at..]
+                    .split_first_chunk::<8>()
+                    .and_then(|(len, rest)| rest.get(..usize::try_from(u64::from_le_bytes(*len)).ok()?));
+                let Some(text) = text else {
+                    // Says what is missing.
+                    let len = self.u64(what)?;
+                    self.take(len, what)?;
+                    return Err(self.error(format!("{what} is corrupt")));
+                };
+                if std::str::from_utf8(text).is_err() {
                     return Err(self.error(format!("{what} holds a string that is not UTF-8")));
                 }
+                self.at += 8 + text.len();
             }
             data = self.file.slice(start..self.at).unwrap_or(data);
         }
