@@ -3,8 +3,20 @@
 //! Every function has a plain version in `scalar`, which is the oracle of the tests. Sums are cut by the shape of the
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod codes256;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
 
@@ -42,6 +54,14 @@ impl Isa {
     pub fn available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => avx512::available() && amx::available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -78,6 +98,14 @@ impl Isa {
     /// are given.
     pub(crate) fn kernels(self) -> Kernels {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if self.available() => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.available() => avx512::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if self.available() => amx::kernels(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
             _ => scalar::kernels(),
         }
     }
