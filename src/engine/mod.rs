@@ -1,0 +1,7 @@
+//! Running a model.
+
+pub mod cpu;
+pub mod kv;
+pub mod model;
+
+pub use model::{Engine, Memory, Options};
