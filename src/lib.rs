@@ -1,1 +1,5 @@
-//! x
+//! Quantize, chat with and train language models on an ordinary computer.
+//!
+//! See `docs/architecture.md`.
+
+pub mod engine;

@@ -1,0 +1,5 @@
+//! Running a model: sampling, constraints, conversations.
+
+pub mod random;
+pub mod sampler;
+pub mod settings;
