@@ -3,3 +3,6 @@
 //! See `docs/architecture.md`.
 
 pub mod engine;
+#[cfg(feature = "hub")]
+pub mod pull;
+pub mod store;
