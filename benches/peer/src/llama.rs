@@ -1,6 +1,7 @@
 //! The little of llama.cpp's C interface that the commands need, with its pointers kept in.
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::io::Write;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 
@@ -17,7 +18,8 @@ pub fn start() {
     unsafe extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
         if (level == sys::GGML_LOG_LEVEL_ERROR || level == sys::GGML_LOG_LEVEL_WARN) && !text.is_null() {
             // SAFETY: llama.cpp passes a string that ends in a zero byte and lives for the call.
-            eprint!("{}", unsafe { CStr::from_ptr(text) }.to_string_lossy());
+            let text = unsafe { CStr::from_ptr(text) };
+            let _ = std::io::stderr().write_all(text.to_bytes());
         }
     }
     // SAFETY: called once, before any other call; the callback is a plain function.
