@@ -103,6 +103,15 @@ else
     environment=$(scripts/cross-setup.sh) || status=$?
     case $status in
     0)
+        (
+            # shellcheck source=/dev/null
+            . "$environment"
+            # Debian's compiler, the fallback, comes without clippy.
+            if [ -z "${RUSTC-}" ]; then
+                cargo clippy -q -p rushlight-quant --all-targets --locked \
+                    --target aarch64-unknown-linux-gnu --target-dir target/cross -- -D warnings
+            fi
+        )
         # Emulated processors: everything (dot products, i8mm); dot products alone; neither.
         for processor in max neoverse-n1 cortex-a53; do
             echo "-- $processor"
