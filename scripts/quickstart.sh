@@ -88,6 +88,9 @@ cc=${CC:-cc}
 command -v "${cc%% *}" >/dev/null ||
     fail "a C compiler is missing: install gcc or clang (Debian, Ubuntu: apt-get install gcc libc6-dev; macOS: xcode-select --install) and start this script again"
 
+# First what takes seconds to fail, then the build, which takes minutes.
+[ -s "$model" ] || fetch_model
+
 target=${CARGO_TARGET_DIR:-target}
 case "$target" in
 /*) ;;
@@ -95,5 +98,4 @@ case "$target" in
 esac
 (cd -- "$root" && cargo build --release --locked --bin rushlight --target-dir "$target") >&2 ||
     fail "the build failed: the reason is above"
-[ -s "$model" ] || fetch_model
 exec "$target/release/rushlight" "$command" smollm2 "$@"
