@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Rushlight and llama.cpp on the same file, measured in turns: tokens per second of each and the ratio of the two, for
-# a prompt from an empty context and for generation after DEPTH tokens. llama.cpp runs with flash attention on and off,
-# and its better median counts. Builds what is missing; the peer needs cmake, libclang and g++ (see benches/peer).
+# a prompt and for generation, each after DEPTH tokens. llama.cpp runs with flash attention on and off, and its better
+# median counts. Builds what is missing; the peer needs cmake, libclang and g++ (see benches/peer).
 #
 # usage: scripts/bench-peers.sh MODEL [--threads "1 2"] [--repeats 5] [--depth "0 512"] [-p 512] [-n 128] [--json FILE]
 # Environment: RUSHLIGHT=path and PEER=path take these binaries as they are.
@@ -133,7 +133,7 @@ def measure(side, count, depth):
 SIDES = ["rushlight", "off", "on"]
 results = []
 print(f"{os.path.basename(model)}: prompt {prompt} tokens, generation {generate} tokens, medians of {repeats} rounds")
-print(f"{'threads':>7} {'work':<22} {'rushlight t/s':>13} {'llama.cpp t/s':>13} {'flash':>5} {'ratio':>6} {'range':>13}")
+print(f"{'threads':>7} {'depth':>6} {'work':<11} {'rushlight t/s':>13} {'llama.cpp t/s':>13} {'flash':>5} {'ratio':>6} {'range':>13}")
 for count in threads:
     for depth in depths:
         rounds = {side: [] for side in SIDES}
@@ -144,19 +144,18 @@ for count in threads:
                 print(f"\rround {turn + 1}/{repeats}: {side:<9}", end="", file=sys.stderr, flush=True)
         print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
         for work in ["prompt", "generation"]:
-            if work == "prompt" and (prompt == 0 or depth != depths[0]) or work == "generation" and generate == 0:
-                continue  # the prompt starts from an empty context whatever the depth
+            if (prompt if work == "prompt" else generate) == 0:
+                continue
             rates = {side: [r[work]["tokens_per_second"] for r in rounds[side]] for side in SIDES}
             best = max(["off", "on"], key=lambda side: statistics.median(rates[side]))
             ratios = [a / b for a, b in zip(rates["rushlight"], rates[best])]
             row = {
-                "threads": count, "work": work, "depth": depth if work == "generation" else 0,
+                "threads": count, "work": work, "depth": depth,
                 "rushlight": statistics.median(rates["rushlight"]), "llama_cpp": statistics.median(rates[best]),
                 "flash_attention": best, "ratio": statistics.median(ratios), "rounds": rates,
             }
             results.append(row)
-            name = f"generation at {row['depth']}" if work == "generation" else "prompt"
-            print(f"{count:>7} {name:<22} {row['rushlight']:>13.1f} {row['llama_cpp']:>13.1f} {best:>5} "
+            print(f"{count:>7} {depth:>6} {work:<11} {row['rushlight']:>13.1f} {row['llama_cpp']:>13.1f} {best:>5} "
                   f"{row['ratio']:>6.2f} {min(ratios):>6.2f}-{max(ratios):<6.2f}", flush=True)
 if sys.argv[9]:
     with open(sys.argv[9], "w") as out:

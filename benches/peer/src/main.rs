@@ -125,48 +125,20 @@ struct Plan {
     attention: FlashAttention,
 }
 
-/// Times a prompt from an empty context, then single tokens after `depth` tokens: as llama-bench does it, each in a
-/// context of just the size it needs, after one untimed turn, the next token fixed instead of sampled.
+/// Times a prompt and then single tokens, each after `depth` tokens: as llama-bench does it, each in a context of just
+/// the size it needs, after one untimed turn, the next token fixed instead of sampled.
 fn bench(path: &Path, plan: &Plan) -> Result<String> {
     let start = Instant::now();
     let model = Model::open(path, false)?;
     let load = start.elapsed().as_secs_f64();
-
-    let mut prompt = Vec::new();
-    if plan.prompt > 0 {
-        let ids = fixed_ids(plan.prompt, model.vocab_size());
-        let mut context = model.context(plan.prompt, plan.threads, plan.attention)?;
-        fill(&mut context, &ids)?;
-        for _ in 0..plan.repeats {
-            context.clear();
-            let start = Instant::now();
-            fill(&mut context, &ids)?;
-            prompt.push(plan.prompt as f64 / start.elapsed().as_secs_f64());
-        }
-    }
-
-    let mut generation = Vec::new();
-    if plan.generate > 0 {
-        let ids = fixed_ids(plan.depth + plan.generate, model.vocab_size());
-        let (before, next) = ids.split_at(plan.depth);
-        let mut context = model.context(ids.len(), plan.threads, plan.attention)?;
-        context.decode(&next[..1], false)?;
-        for _ in 0..plan.repeats {
-            context.clear();
-            fill(&mut context, before)?;
-            let start = Instant::now();
-            for id in next {
-                context.decode(std::slice::from_ref(id), false)?;
-            }
-            generation.push(plan.generate as f64 / start.elapsed().as_secs_f64());
-        }
-    }
-
+    let prompt = rates(&model, plan, plan.prompt, 512)?;
+    let generation = rates(&model, plan, plan.generate, 1)?;
     Ok(format!(
-        "{{\"prompt\":{{\"tokens\":{},\"tokens_per_second\":{:.3},\"runs\":{prompt:?}}},\
+        "{{\"prompt\":{{\"tokens\":{},\"depth\":{},\"tokens_per_second\":{:.3},\"runs\":{prompt:?}}},\
          \"generation\":{{\"tokens\":{},\"depth\":{},\"tokens_per_second\":{:.3},\"runs\":{generation:?}}},\
          \"threads\":{},\"flash_attention\":{:?},\"load_seconds\":{load:.3},\"peak_memory_bytes\":{},\"system\":{:?}}}",
         plan.prompt,
+        plan.depth,
         median(&prompt),
         plan.generate,
         plan.depth,
@@ -182,9 +154,26 @@ fn bench(path: &Path, plan: &Plan) -> Result<String> {
     ))
 }
 
-/// Appends ids in chunks of 512, with logits of each chunk's last position only.
-fn fill(context: &mut Context, ids: &[Token]) -> Result<()> {
-    ids.chunks(512).try_for_each(|chunk| context.decode(chunk, false))
+/// Tokens per second of each repeat: `count` tokens in batches of `batch`, after the plan's depth.
+fn rates(model: &Model, plan: &Plan, count: usize, batch: usize) -> Result<Vec<f64>> {
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let ids = fixed_ids(plan.depth + count, model.vocab_size());
+    let (before, timed) = ids.split_at(plan.depth);
+    let mut context = model.context(ids.len(), plan.threads, plan.attention)?;
+    let fill =
+        |context: &mut Context, ids: &[Token], batch| ids.chunks(batch).try_for_each(|b| context.decode(b, false));
+    fill(&mut context, &timed[..batch.min(count)], batch)?;
+    let mut rates = Vec::new();
+    for _ in 0..plan.repeats {
+        context.clear();
+        fill(&mut context, before, 512)?;
+        let start = Instant::now();
+        fill(&mut context, timed, batch)?;
+        rates.push(count as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(rates)
 }
 
 /// The same scattered ids every time (a small linear congruential generator).
