@@ -4,6 +4,7 @@
 mod llama;
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
     let mut args = Arguments(std::env::args().skip(1).collect());
     match dispatch(&mut args) {
         Ok(json) => {
-            println!("{json}");
+            // A reader that has seen enough and left is no failure.
+            let _ = writeln!(std::io::stdout(), "{json}");
             ExitCode::SUCCESS
         }
         Err(Failure::Usage(message)) => {
