@@ -1,7 +1,186 @@
-//! One view of a model on disk.
+//! One view of a model on disk: a GGUF file (or split set), or a Hugging Face directory, mapped and used in place.
+//!
+//! Nothing that a file says of itself is believed before it is checked against the file; see `docs/file-formats.md`.
 
+mod atomic;
 mod bytes;
+pub mod gguf;
+pub mod huggingface;
+mod map;
 mod metadata;
+pub mod safetensors;
 
+pub use atomic::AtomicFile;
 pub use bytes::Bytes;
 pub use metadata::{Array, Metadata, Value, ValueType};
+
+use crate::{Error, Result};
+use rushlight_quant::formats::Format;
+use std::path::{Path, PathBuf};
+
+/// Most tensors that one file may hold: twice what the largest models published have, and few enough that a list of
+/// them stays small.
+const MAX_TENSORS: usize = 250_000;
+
+/// A tensor's name, format and shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name, as the file spells it.
+    pub name: String,
+    /// How its weights are stored.
+    pub format: Format,
+    /// Row-major, outermost dimension first: `[rows, cols]`. GGUF's dimensions are reversed to this.
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Bytes of the whole tensor; `None` where a row is not a whole number of blocks or the size overflows.
+    pub fn bytes(&self) -> Option<usize> {
+        let (cols, outer) = self.shape.split_last().unwrap_or((&1, &[]));
+        outer.iter().try_fold(self.format.row_bytes(*cols)?, |bytes, &n| bytes.checked_mul(n))
+    }
+
+    /// Number of weights; `None` where it overflows.
+    pub fn elements(&self) -> Option<usize> {
+        self.shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim))
+    }
+}
+
+/// A tensor in its file.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// What it is.
+    pub info: TensorInfo,
+    /// Its packed rows, in place in the mapped file: exactly [`TensorInfo::bytes`] long, at any address.
+    pub data: Bytes,
+}
+
+/// A tensor whose type is not one of [`Format`]'s, such as the packed integers of a GPTQ layer.
+#[derive(Clone, Debug)]
+pub struct RawTensor {
+    /// Its name, as the file spells it.
+    pub name: String,
+    /// The file's own name for the element type, such as `I32`.
+    pub dtype: String,
+    /// Row-major, outermost dimension first.
+    pub shape: Vec<usize>,
+    /// Its elements, little-endian, in place in the mapped file.
+    pub data: Bytes,
+}
+
+/// Where a checkpoint's description comes from.
+#[derive(Clone, Debug)]
+pub enum Kind {
+    /// A GGUF file, described by its metadata.
+    Gguf(Metadata),
+    /// A Hugging Face directory.
+    HuggingFace {
+        /// `config.json`: always an object.
+        config: serde_json::Value,
+        /// `generation_config.json`, where there is one: always an object.
+        generation_config: Option<serde_json::Value>,
+    },
+}
+
+/// A model's tensors and description, mapped from disk.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    kind: Kind,
+    infos: Vec<TensorInfo>,
+    /// The bytes of each of `infos`.
+    data: Vec<Bytes>,
+    /// Indices into `infos`, ordered by name.
+    by_name: Vec<u32>,
+    raw: Vec<RawTensor>,
+}
+
+impl Checkpoint {
+    /// Opens a `.gguf` file (the first of a split set opens the set) or a Hugging Face directory.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        let about = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if about.is_dir() { huggingface::open(path) } else { gguf::open(path) }
+    }
+
+    /// Puts the parts together; `tensors` in file order. Fails on a name that comes twice.
+    fn new(path: &Path, kind: Kind, tensors: Vec<Tensor>, raw: Vec<RawTensor>) -> Result<Checkpoint> {
+        let (infos, data): (Vec<_>, Vec<_>) = tensors.into_iter().map(|t| (t.info, t.data)).unzip();
+        let by_name = index_by_name(&infos, |t| &t.name)
+            .map_err(|name| Error::file(path, format!("tensor '{name}' comes twice: the file is corrupt")))?;
+        if let Err(name) = index_by_name(&raw, |t| &t.name) {
+            return Err(Error::file(path, format!("tensor '{name}' comes twice: the file is corrupt")));
+        }
+        let checkpoint = Checkpoint { path: path.to_owned(), kind, infos, data, by_name, raw };
+        match checkpoint.raw.iter().find(|t| checkpoint.find(&t.name).is_some()) {
+            Some(t) => Err(Error::file(path, format!("tensor '{}' comes twice: the file is corrupt", t.name))),
+            None => Ok(checkpoint),
+        }
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The checkpoint's description.
+    pub fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    /// The GGUF metadata; `None` for a Hugging Face directory.
+    pub fn metadata(&self) -> Option<&Metadata> {
+        match &self.kind {
+            Kind::Gguf(metadata) => Some(metadata),
+            Kind::HuggingFace { .. } => None,
+        }
+    }
+
+    /// Every tensor of a known [`Format`], in file order.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    /// The tensors of other types (safetensors only), in file order.
+    pub fn raw_tensors(&self) -> &[RawTensor] {
+        &self.raw
+    }
+
+    /// What is known of the tensor called `name`; `None` where there is none of a known [`Format`].
+    pub fn find(&self, name: &str) -> Option<&TensorInfo> {
+        self.position(name).map(|i| &self.infos[i])
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        if let Some(i) = self.position(name) {
+            return Ok(Tensor { info: self.infos[i].clone(), data: self.data[i].clone() });
+        }
+        Err(Error::file(
+            &self.path,
+            match self.raw.iter().find(|t| t.name == name) {
+                Some(t) => format!("tensor '{name}' is stored as {}; only F32, F16 and BF16 can be used here", t.dtype),
+                None => format!("tensor '{name}' is missing: the file is incomplete, or of another architecture"),
+            },
+        ))
+    }
+
+    /// Bytes of all tensors together.
+    pub fn bytes(&self) -> u64 {
+        self.data.iter().chain(self.raw.iter().map(|t| &t.data)).map(|data| data.len() as u64).sum()
+    }
+
+    fn position(&self, name: &str) -> Option<usize> {
+        let at = self.by_name.binary_search_by(|&i| self.infos[i as usize].name.as_str().cmp(name)).ok()?;
+        Some(self.by_name[at] as usize)
+    }
+}
+
+/// The indices of `items` ordered by name, or a name that comes twice.
+fn index_by_name<T>(items: &[T], name: impl Fn(&T) -> &str) -> Result<Vec<u32>, String> {
+    let mut order: Vec<u32> = (0..items.len() as u32).collect();
+    order.sort_unstable_by_key(|&i| name(&items[i as usize]));
+    match order.windows(2).find(|pair| name(&items[pair[0] as usize]) == name(&items[pair[1] as usize])) {
+        Some(pair) => Err(name(&items[pair[0] as usize]).to_owned()),
+        None => Ok(order),
+    }
+}
