@@ -54,6 +54,10 @@ done
 
 part "formatting"
 cargo fmt --all --check
+# The crates outside the workspace, which the ordinary build leaves alone.
+for manifest in benches/peer/Cargo.toml fuzz/Cargo.toml; do
+    [ ! -f "$manifest" ] || cargo fmt --manifest-path "$manifest" --check
+done
 passed
 
 part "lints"
