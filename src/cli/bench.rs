@@ -24,3 +24,8 @@ pub struct Args {
     #[arg(long)]
     pub json: bool,
 }
+
+/// Runs the command.
+pub fn run(_: &Args, _: &Global) -> Result<()> {
+    anyhow::bail!("not measured yet")
+}
