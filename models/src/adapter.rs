@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Checkpoint, Tensor, huggingface, safetensors};
 use crate::families::{self, Config, Naming, Role};
-use crate::model::{Linear, LowRank, Model, Weight};
+use crate::model::{Linear, LowRank, Model, Prefix, Weight};
 use crate::rope::reorder;
 use crate::{Error, Result};
 use regex::Regex;
@@ -14,12 +14,28 @@ use std::path::{Path, PathBuf};
 /// Puts `adapters` in force on `model` instead of those it has, each with its strength (1 as trained; they add up).
 /// On an error the model keeps those it has.
 pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
-    let mut changes = Vec::new();
+    let (mut changes, mut prefix) = (Vec::new(), None);
     for (path, strength) in adapters {
         if !strength.is_finite() {
             return Err(Error::file(path, format!("the adapter's scale is {strength}, not a number")));
         }
-        for change in read(path, *strength, model)? {
+        let read = match read(path, *strength, model)? {
+            Adapter::Changes(changes) => changes,
+            Adapter::Prefix(_) if prefix.is_some() => {
+                return Err(Error::file(
+                    path,
+                    "only one prefix can stand before a sequence, and another adapter has one",
+                ));
+            }
+            Adapter::Prefix(_) if *strength != 1.0 => {
+                return Err(Error::file(path, "a prefix cannot be scaled; leave its scale out"));
+            }
+            Adapter::Prefix(p) => {
+                prefix = Some(p);
+                continue;
+            }
+        };
+        for change in read {
             let same = |c: &Change| (c.role, c.layer) == (change.role, change.layer);
             if matches!(change.what, What::Replacement(_))
                 && changes.iter().any(|c| same(c) && matches!(c.what, What::Replacement(_)))
@@ -33,6 +49,7 @@ pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
         }
     }
     model.embedding.replacement = None;
+    model.prefix = prefix;
     for linear in model.linears_mut() {
         linear.adapters.clear();
         linear.replacement = None;
@@ -47,6 +64,12 @@ pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What was read from an adapter's files.
+enum Adapter {
+    Changes(Vec<Change>),
+    Prefix(Prefix),
 }
 
 /// What an adapter does to one weight of the model.
@@ -70,22 +93,37 @@ struct Parts {
     replacement: Option<Tensor>,
 }
 
-fn read(path: &Path, strength: f32, model: &Model) -> Result<Vec<Change>> {
+fn read(path: &Path, strength: f32, model: &Model) -> Result<Adapter> {
     let about = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    if about.is_dir() { read_peft(path, strength, model) } else { read_gguf(path, strength, model) }
+    match about.is_dir() {
+        true => read_peft(path, strength, model),
+        false => Ok(Adapter::Changes(read_gguf(path, strength, model)?)),
+    }
 }
 
 /// A directory that PEFT wrote: adapter_config.json and adapter_model.safetensors.
-fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Vec<Change>> {
+fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
     let config_path = dir.join("adapter_config.json");
     let config = huggingface::read_config(&config_path)?;
     let config = Config::new(&config, &config_path);
-    let peft = Peft::read(&config)?;
     let weights = dir.join("adapter_model.safetensors");
     if !weights.exists() && dir.join("adapter_model.bin").exists() {
-        return Err(Error::file(dir, "its weights are in adapter_model.bin; save it again as adapter_model.safetensors"));
+        return Err(Error::file(
+            dir,
+            "its weights are in adapter_model.bin; save it again as adapter_model.safetensors",
+        ));
     }
     let file = safetensors::open(&weights)?;
+    let peft = match config.str("peft_type") {
+        Some("LORA") => Peft::read(&config)?,
+        Some("PREFIX_TUNING") => return Ok(Adapter::Prefix(read_prefix(&config, &weights, &file.tensors, model)?)),
+        Some(other) => {
+            return Err(config.error(format!(
+                "adapters of type {other} are not supported; LORA (DoRA and rsLoRA too) and PREFIX_TUNING are"
+            )));
+        }
+        None => return Err(config.error("the field peft_type is missing: not an adapter that PEFT wrote")),
+    };
     let mut odd: Vec<String> = file.raw.into_iter().map(|t| t.name).collect();
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
     for tensor in file.tensors {
@@ -110,7 +148,40 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Vec<Change>> {
         return Err(Error::file(&weights, format!("it holds tensors that are not understood: {}", odd.join(", "))));
     }
     let fit = Fit { path: dir, model, strength, reorder: Reorder::of(model, Naming::HuggingFace) };
-    fit.changes(modules, Naming::HuggingFace, |module, rank| peft.scale(module, rank))
+    Ok(Adapter::Changes(fit.changes(modules, Naming::HuggingFace, |module, rank| peft.scale(module, rank))?))
+}
+
+/// Prefix-tuning: `prompt_embeddings`, `[tokens, layers * 2 * kv_width]`, keys before values in each layer.
+fn read_prefix(config: &Config<'_>, path: &Path, tensors: &[Tensor], model: &Model) -> Result<Prefix> {
+    let spec = &model.spec;
+    let (layers, width) = (spec.layers.len(), spec.kv_width());
+    let len = config.usize("num_virtual_tokens")?;
+    let [tensor] = tensors else {
+        return Err(Error::file(
+            path,
+            "a prefix should be one tensor, prompt_embeddings; save it without prefix_projection",
+        ));
+    };
+    let (info, columns) = (&tensor.info, layers * 2 * width);
+    let values = families::floats(info.format, &tensor.data).filter(|_| info.name == "prompt_embeddings" && len > 0);
+    let values = values.filter(|_| info.shape == [len, columns]).ok_or_else(|| {
+        Error::file(
+            path,
+            format!(
+                "{} is {:?} but this model needs prompt_embeddings of [{len}, {columns}]: the adapter belongs to another base",
+                info.name, info.shape
+            ),
+        )
+    })?;
+    let order = Reorder::of(model, Naming::HuggingFace).rows(Role::K, width, spec.head_dim);
+    let order = order.unwrap_or_else(|| (0..width).collect());
+    let rows = |at: usize| (0..len).map(move |token| token * columns + at * width);
+    let layer = |i: usize| {
+        let keys = rows(2 * i).flat_map(|row| order.iter().map(move |&c| row + c)).map(|at| values[at]).collect();
+        let values = rows(2 * i + 1).flat_map(|row| values[row..][..width].iter().copied()).collect();
+        (keys, values)
+    };
+    Ok(Prefix { len, layers: (0..layers).map(layer).collect() })
 }
 
 /// What adapter_config.json says about scales.
@@ -125,15 +196,10 @@ struct Peft<'a> {
 
 impl<'a> Peft<'a> {
     fn read(config: &'a Config<'a>) -> Result<Peft<'a>> {
-        match config.str("peft_type") {
-            Some("LORA") => {}
-            Some(other) => {
-                return Err(config.error(format!("adapters of type {other} are not supported; LORA ones are (DoRA and rsLoRA too)")));
-            }
-            None => return Err(config.error("the field peft_type is missing: not an adapter that PEFT wrote")),
-        }
         if let Some(bias) = config.str("bias").filter(|&b| b != "none") {
-            return Err(config.error(format!("bias = '{bias}' is not supported: only adapters that leave biases alone are")));
+            return Err(
+                config.error(format!("bias = '{bias}' is not supported: only adapters that leave biases alone are"))
+            );
         }
         for switch in ["use_qalora", "use_bdlora", "lora_bias"] {
             if config.bool_or(switch, false)? {
@@ -305,7 +371,14 @@ impl Fit<'_> {
         Ok(changes)
     }
 
-    fn low_rank(&self, linear: &Linear, a: Tensor, b: Tensor, scale: f32, magnitude: Option<Tensor>) -> Result<LowRank> {
+    fn low_rank(
+        &self,
+        linear: &Linear,
+        a: Tensor,
+        b: Tensor,
+        scale: f32,
+        magnitude: Option<Tensor>,
+    ) -> Result<LowRank> {
         let base = &linear.weight;
         let rank = a.info.shape.first().copied().unwrap_or(0);
         if rank == 0 || !scale.is_finite() {

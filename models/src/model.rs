@@ -129,6 +129,15 @@ pub struct NormWeights {
     pub bias: Option<Vector>,
 }
 
+/// Trained keys and values that stand before every sequence (prefix-tuning).
+#[derive(Clone, Debug)]
+pub struct Prefix {
+    /// How many positions they take.
+    pub len: usize,
+    /// For each layer the keys and the values, `[len, kv_heads * head_dim]` each. The keys are not rotated.
+    pub layers: Vec<(Vec<f32>, Vec<f32>)>,
+}
+
 /// The embedding of tokens.
 #[derive(Clone, Debug)]
 pub struct Table {
@@ -194,6 +203,8 @@ pub struct Model {
     pub final_norm: NormWeights,
     /// From hidden states to logits.
     pub head: Linear,
+    /// What an adapter puts before every sequence.
+    pub prefix: Option<Prefix>,
     /// Number of tensors: ids of weights and vectors are below it.
     pub tensors: usize,
 }
@@ -224,9 +235,10 @@ impl Model {
 
     /// Every linear layer, the head last.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let layers = self.layers.iter().flat_map(|l| {
-            [&l.q, &l.k, &l.v, &l.o].into_iter().chain(&l.mlp.gate).chain([&l.mlp.up, &l.mlp.down])
-        });
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.q, &l.k, &l.v, &l.o].into_iter().chain(&l.mlp.gate).chain([&l.mlp.up, &l.mlp.down]));
         layers.chain([&self.head])
     }
 
@@ -288,7 +300,8 @@ impl<'a> Finder<'a> {
                 RopeScaling::Stored => {
                     let factors = self.vector(&self.name(Role::RopeFactors, 0), rope.dim / 2)?.values;
                     if factors.iter().any(|f| !f.is_finite() || *f <= 0.0) {
-                        self.wrong.push(format!("{} holds a factor that is not positive", self.name(Role::RopeFactors, 0)));
+                        self.wrong
+                            .push(format!("{} holds a factor that is not positive", self.name(Role::RopeFactors, 0)));
                     }
                     Some(Rotary::new(rope, Some(&factors)))
                 }
@@ -304,6 +317,7 @@ impl<'a> Finder<'a> {
             layers: layers.into_iter().collect::<Option<_>>()?,
             final_norm: final_norm?,
             head: head?,
+            prefix: None,
             tensors: 0,
             spec,
         })

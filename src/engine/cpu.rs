@@ -113,6 +113,18 @@ impl CpuBackend {
         self.pool.bytes()
     }
 
+    /// Empties every slot but for the prefix that an adapter gave the model.
+    pub fn put_prefix(&mut self, model: &Model) {
+        for slot in 0..self.kv.shape().slots {
+            self.kv.set_len(slot, 0);
+            let Some(prefix) = &model.prefix else { continue };
+            for (layer, (keys, values)) in prefix.layers.iter().enumerate() {
+                self.kv.store(&self.cpu, slot, layer, 0, keys, values);
+            }
+            self.kv.set_len(slot, prefix.len);
+        }
+    }
+
     /// Drops the positions `range` of `slot`; those behind it move down.
     pub fn forget(&mut self, model: &Model, slot: usize, range: Range<usize>) {
         let rotary = |layer: usize| model.spec.layers[layer].rope.map(|r| &model.rotaries[r]);

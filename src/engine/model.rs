@@ -78,13 +78,15 @@ impl Engine {
             layers: spec.layers.len(),
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
-            capacity: context,
+            capacity: context.saturating_add(model.prefix.as_ref().map_or(0, |p| p.len)),
             half: !model.is_float(),
         };
         let kv = KvCache::new(shape)?;
         let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
         let cpu = Cpu::new(options.threads.unwrap_or_else(physical_cores).max(1), isa);
-        Ok(Engine { checkpoint, model, backend: CpuBackend::new(cpu, kv), context, logits: None })
+        let mut backend = CpuBackend::new(cpu, kv);
+        backend.put_prefix(&model);
+        Ok(Engine { checkpoint, model, backend, context, logits: None })
     }
 
     /// Logits per position.
@@ -129,7 +131,12 @@ impl Engine {
 
     /// Positions held in the cache of `slot`.
     pub fn len(&self, slot: usize) -> usize {
-        self.backend.kv.len(slot)
+        self.backend.kv.len(slot) - self.prefix()
+    }
+
+    /// Positions that an adapter's prefix takes before every sequence.
+    fn prefix(&self) -> usize {
+        self.model.prefix.as_ref().map_or(0, |p| p.len)
     }
 
     /// Whether `slot` holds nothing.
@@ -202,7 +209,7 @@ impl Engine {
                 bail!("the context of {} tokens is full", self.context);
             }
             ids.push(id);
-            sequences.push(Sequence { slot, start: self.len(slot), len: 1 });
+            sequences.push(Sequence { slot, start: self.backend.kv.len(slot), len: 1 });
         }
         if ids.is_empty() {
             bail!("a step needs at least one token");
@@ -219,7 +226,7 @@ impl Engine {
     /// Forgets all positions of `slot` from `len` on.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         if len < self.len(slot) {
-            self.backend.kv.set_len(slot, len);
+            self.backend.kv.set_len(slot, self.prefix() + len);
         }
     }
 
@@ -229,7 +236,8 @@ impl Engine {
             bail!("positions {}..{} are not among the {} that are held", range.start, range.end, self.len(slot));
         }
         if !range.is_empty() {
-            self.backend.forget(&self.model, slot, range);
+            let prefix = self.prefix();
+            self.backend.forget(&self.model, slot, prefix + range.start..prefix + range.end);
         }
         Ok(())
     }
@@ -237,8 +245,19 @@ impl Engine {
     /// Puts these adapters in force instead of those there were, each with its strength (1 as trained). What the slots
     /// hold was computed with the old ones and is forgotten.
     pub fn set_adapters(&mut self, adapters: &[(PathBuf, f32)]) -> Result<()> {
+        let before = self.model.clone();
         adapter::attach(&mut self.model, adapters)?;
-        (0..self.slots()).for_each(|slot| self.truncate(slot, 0));
+        let shape = KvShape { capacity: self.context.saturating_add(self.prefix()), ..*self.backend.kv.shape() };
+        if shape.capacity != self.backend.kv.shape().capacity {
+            match KvCache::new(shape) {
+                Ok(kv) => self.backend.kv = kv,
+                Err(e) => {
+                    self.model = before;
+                    return Err(e);
+                }
+            }
+        }
+        self.backend.put_prefix(&self.model);
         Ok(())
     }
 
@@ -272,7 +291,7 @@ impl Engine {
 
     /// Runs one sequence's rows through the layers.
     fn forward(&mut self, slot: usize, ids: &[u32]) -> Result<Activations> {
-        let sequence = Sequence { slot, start: self.len(slot), len: ids.len() };
+        let sequence = Sequence { slot, start: self.backend.kv.len(slot), len: ids.len() };
         let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
         let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
         self.backend.kv.set_len(slot, sequence.start + ids.len());

@@ -177,7 +177,7 @@ pub(super) fn part<const N: usize>(block: &[u8], start: usize) -> &[u8; N] {
 /// The f16 at `start`, as f32.
 #[inline(always)]
 pub(super) fn f16_at(block: &[u8], start: usize) -> f32 {
-    float::f16_to_f32(u16::from_le_bytes(*part(block, start)))
+    float::one_f16_to_f32(u16::from_le_bytes(*part(block, start)))
 }
 
 /// 16 bytes of two 4-bit codes: the low halves are codes 0..16, the high ones 16..32.

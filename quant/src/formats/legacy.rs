@@ -88,13 +88,25 @@ impl BlockFormat for Q8_0 {
 /// 4-bit codes with their fifth bits: bit `i` of the little-endian `high` belongs to code `i`.
 #[inline(always)]
 fn five_bits(low: &[u8; 16], high: &[u8; 4]) -> [u8; 32] {
+    // A byte for each code first and then the bit of each byte: so both are whole vectors.
+    let mut bytes = [0; 32];
+    for i in 0..4 {
+        bytes[8 * i..8 * i + 8].fill(high[i]);
+    }
     let mut codes = nibbles(low);
-    for byte in 0..4 {
-        // The byte eight times, with a different bit left in each: one multiplication instead of eight shifts.
-        let spread = ((u64::from(high[byte]) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201).to_le_bytes();
-        for bit in 0..8 {
-            codes[8 * byte + bit] |= if spread[bit] != 0 { 16 } else { 0 };
-        }
+    for i in 0..32 {
+        codes[i] |= if bytes[i] & BITS[i] != 0 { 16 } else { 0 };
     }
     codes
 }
+
+/// Bit `i % 8` at each `i`.
+const BITS: [u8; 32] = {
+    let mut bits = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        bits[i] = 1 << (i % 8);
+        i += 1;
+    }
+    bits
+};

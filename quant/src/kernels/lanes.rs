@@ -266,12 +266,12 @@ pub fn mix(p: &[f32], values: &[f32], out: &mut [f32]) {
     }
 }
 
-/// One of the functions above, compiled with the target features `$features`.
+/// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
 macro_rules! compiled {
-    ($features:literal, $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {{
+    ($features:literal, $path:path, ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {{
         #[target_feature(enable = $features)]
         fn compiled($($arg: $ty),*) $(-> $ret)? {
-            $crate::kernels::lanes::$name($($arg),*)
+            $path($($arg),*)
         }
         fn entry($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: a table with this entry is handed out only on a processor that has these features.
@@ -285,24 +285,24 @@ pub(crate) use compiled;
 /// All of the functions above, compiled with the target features `$features`.
 macro_rules! compiled_lanes {
     ($features:literal) => {{
-        use $crate::kernels::lanes::{Lanes, compiled};
+        use $crate::kernels::lanes::{self, Lanes, compiled};
         use $crate::ops::Activation;
         Lanes {
-            sum_squares: compiled!($features, sum_squares(x: &[f32]) -> f32),
-            sum: compiled!($features, sum(x: &[f32]) -> f32),
-            dot: compiled!($features, dot(x: &[f32], y: &[f32]) -> f32),
-            max: compiled!($features, max(x: &[f32]) -> f32),
-            axpy: compiled!($features, axpy(a: f32, x: &[f32], y: &mut [f32])),
-            scale: compiled!($features, scale(a: f32, x: &mut [f32])),
-            add: compiled!($features, add(x: &[f32], y: &mut [f32])),
-            scale_by: compiled!($features, scale_by(x: &[f32], a: f32, w: &[f32], offset: f32, out: &mut [f32])),
-            exp_sum: compiled!($features, exp_sum(max: f32, x: &mut [f32]) -> f32),
-            activate: compiled!($features, activate(kind: Activation, x: &mut [f32])),
-            gate: compiled!($features, gate(kind: Activation, g: &mut [f32], up: &[f32])),
-            rotate: compiled!($features, rotate(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32])),
-            soft_cap: compiled!($features, soft_cap(cap: f32, x: &mut [f32])),
-            scores: compiled!($features, scores(q: &[f32], keys: &[f32], out: &mut [f32])),
-            mix: compiled!($features, mix(p: &[f32], values: &[f32], out: &mut [f32])),
+            sum_squares: compiled!($features, lanes::sum_squares, (x: &[f32]) -> f32),
+            sum: compiled!($features, lanes::sum, (x: &[f32]) -> f32),
+            dot: compiled!($features, lanes::dot, (x: &[f32], y: &[f32]) -> f32),
+            max: compiled!($features, lanes::max, (x: &[f32]) -> f32),
+            axpy: compiled!($features, lanes::axpy, (a: f32, x: &[f32], y: &mut [f32])),
+            scale: compiled!($features, lanes::scale, (a: f32, x: &mut [f32])),
+            add: compiled!($features, lanes::add, (x: &[f32], y: &mut [f32])),
+            scale_by: compiled!($features, lanes::scale_by, (x: &[f32], a: f32, w: &[f32], offset: f32, out: &mut [f32])),
+            exp_sum: compiled!($features, lanes::exp_sum, (max: f32, x: &mut [f32]) -> f32),
+            activate: compiled!($features, lanes::activate, (kind: Activation, x: &mut [f32])),
+            gate: compiled!($features, lanes::gate, (kind: Activation, g: &mut [f32], up: &[f32])),
+            rotate: compiled!($features, lanes::rotate, (a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32])),
+            soft_cap: compiled!($features, lanes::soft_cap, (cap: f32, x: &mut [f32])),
+            scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
+            mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
         }
     }};
 }

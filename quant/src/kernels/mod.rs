@@ -3,8 +3,20 @@
 //! Every function has a plain version in `scalar`, which is the oracle of the tests. Sums are cut by the shape of the
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod codes256;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
 
@@ -42,6 +54,14 @@ impl Isa {
     pub fn available(self) -> bool {
         match self {
             Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => avx512::available() && amx::available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -78,6 +98,14 @@ impl Isa {
     /// are given.
     pub(crate) fn kernels(self) -> Kernels {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if self.available() => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.available() => avx512::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if self.available() => amx::kernels(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
             _ => scalar::kernels(),
         }
     }
@@ -136,11 +164,22 @@ pub struct CodePanel<'a> {
 /// Rows of 8-bit activations, one after another: `QuantizedRow`s of `cols` columns.
 #[derive(Clone, Copy)]
 pub struct QuantizedRows<'a> {
-    /// The arrays of all rows.
+    /// The arrays of all rows. Codes have room for whole blocks of [`ROW_BLOCK`] rows.
     pub all: QuantizedRow<'a>,
     /// Columns of a row.
     pub cols: usize,
+    /// The same by columns, for many rows at a time: scales `[cols / 32][padded]`.
+    pub d: &'a [f32],
+    /// `s16` by columns, `[cols / 16][padded]`.
+    pub s16: &'a [f32],
+    /// `s32` by columns, `[cols / 32][padded]`.
+    pub s32: &'a [f32],
+    /// Rows rounded up to a multiple of [`ROW_BLOCK`].
+    pub padded: usize,
 }
+
+/// Rows that the widest kernels take at a time.
+pub const ROW_BLOCK: usize = 32;
 
 impl<'a> QuantizedRows<'a> {
     /// Row `i`.
@@ -165,7 +204,8 @@ pub type DotFloats = fn(data: &[u8], x: &[f32], out: &mut [f32]);
 pub type PackCodes = fn(data: &[u8], rows: usize, cols: usize, codes: &mut [i8], scale: &mut [f32], min: &mut [f32]);
 /// Unpacks `rows` (at most 16) rows of `cols` floats into `[cols][16]` f32; absent rows become zeros.
 pub type PackFloats = fn(data: &[u8], rows: usize, cols: usize, out: &mut [f32]);
-/// `out[r * stride + p * 16 + o] = x[r] . panels[p][o]` for the rows `rows` of `x` and one or two panels.
+/// `out[r * stride + p * 16 + o] = x[r] . panels[p][o]` for the rows `rows` of `x` and one or two
+/// panels. The rows begin at a multiple of [`ROW_BLOCK`].
 pub type MulPanels =
     fn(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
 /// `c[r * ldc + j] (+)= sum_k a[r * lda + k] * b[j / 16][k][j % 16]` for `m` rows and `n` columns, where `b` holds
