@@ -1,6 +1,6 @@
 //! What begins with a slash.
 
-use super::{Talk, Usage};
+use super::Talk;
 use crate::cli::options::adapter;
 use crate::cli::size;
 use crate::engine::session::Message;
@@ -189,7 +189,7 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
     map.insert(name.clone(), value);
     let sampling: Sampling =
         serde_json::from_value(Value::Object(map)).with_context(|| format!("{name} does not take that value"))?;
-    sampling.check().map_err(|e| Usage(e.to_string()))?;
+    sampling.check()?;
     talk.ask.sampling = sampling;
     Ok(())
 }
@@ -207,7 +207,7 @@ fn adapters(talk: &mut Talk, rest: &str) -> Result<()> {
     let wanted = if rest == "off" {
         Vec::new()
     } else {
-        let (path, scale) = adapter(rest).map_err(Usage)?;
+        let (path, scale) = adapter(rest).map_err(anyhow::Error::msg)?;
         let mut wanted: Vec<_> = talk.adapters.iter().filter(|(p, _)| *p != path).cloned().collect();
         wanted.push((path, scale));
         wanted

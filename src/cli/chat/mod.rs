@@ -5,7 +5,7 @@ mod input;
 
 use super::markdown::Markdown;
 use super::run::LONG_PROMPT;
-use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, Usage, interrupt};
+use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt};
 use crate::engine::Engine;
 use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
