@@ -104,9 +104,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             generation.push(args.generate as f64 / start.elapsed().as_secs_f64());
             engine.truncate(0, args.depth);
         }
-        progress.set(repetition as u64 + 1);
+        progress.at(repetition as u64 + 1, "");
     }
-    drop(progress);
+    progress.finish();
 
     let read = engine.model().linears().map(|l| l.weight().data().len() as f64).sum::<f64>();
     // The cache as it is half way through.

@@ -97,8 +97,12 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
     let bits = |bytes: u64, parameters: u64| if parameters == 0 { 0.0 } else { bytes as f64 * 8.0 / parameters as f64 };
     let mut formats: Vec<FormatInfo> = by_format
         .into_iter()
-        .map(|(format, (tensors, parameters, bytes))| {
-            FormatInfo { format, tensors, parameters, bytes, bits_per_weight: bits(bytes, parameters) }
+        .map(|(format, (tensors, parameters, bytes))| FormatInfo {
+            format,
+            tensors,
+            parameters,
+            bytes,
+            bits_per_weight: bits(bytes, parameters),
         })
         .collect();
     formats.sort_by_key(|f| std::cmp::Reverse(f.bytes));
@@ -207,7 +211,11 @@ fn print(info: &Info) -> Result<()> {
         writeln!(out, "{:10} {:>7} {params:>10} {bytes:>9} {:>11.2}", f.format, f.tensors, f.bits_per_weight)?;
     }
     if !info.memory.is_empty() {
-        writeln!(out, "\n{:>10} {:>9} {:>9} {:>9}  (working buffers add some 50 MB)", "context", "weights", "cache", "memory")?;
+        writeln!(
+            out,
+            "\n{:>10} {:>9} {:>9} {:>9}  (working buffers add some 50 MB)",
+            "context", "weights", "cache", "memory"
+        )?;
         for m in &info.memory {
             writeln!(out, "{:>10} {:>9} {:>9} {:>9}", m.context, size(m.weights), size(m.kv), size(m.total))?;
         }

@@ -18,10 +18,8 @@ pub fn run(args: &Args) -> Result<()> {
     let store = Store::open()?;
     let models = store.list()?;
     if args.json {
-        let rows: Vec<_> = models
-            .iter()
-            .map(|m| serde_json::json!({"name": m.name, "path": m.path, "bytes": m.bytes}))
-            .collect();
+        let rows: Vec<_> =
+            models.iter().map(|m| serde_json::json!({"name": m.name, "path": m.path, "bytes": m.bytes})).collect();
         return print_json(&serde_json::json!({"store": store.models(), "models": rows}));
     }
     let mut out = std::io::stdout().lock();

@@ -26,11 +26,13 @@ use std::process::ExitCode;
 /// Quantize, chat with and train language models on an ordinary computer.
 #[derive(Debug, Parser)]
 #[command(name = "rushlight", version, propagate_version = true, max_term_width = 100)]
-#[command(after_help = "MODEL is a .gguf file (or the first of a split set), a Hugging Face directory, or the name of a \
+#[command(
+    after_help = "MODEL is a .gguf file (or the first of a split set), a Hugging Face directory, or the name of a \
     model in the local store, which `rushlight pull` fills (`rushlight list` shows it).\n\nThe store is \
     $RUSHLIGHT_HOME/models; without RUSHLIGHT_HOME it is in the system's place for application data \
     (~/.local/share/rushlight on Linux). RUSHLIGHT_ISA=scalar|avx2|avx512|amx|neon forces a set of kernels.\n\nExit \
-    status: 0 done, 1 the work failed, 2 the arguments are wrong.")]
+    status: 0 done, 1 the work failed, 2 the arguments are wrong."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -81,7 +83,8 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {
-            let asked = matches!(e.kind(), clap::error::ErrorKind::DisplayHelp | clap::error::ErrorKind::DisplayVersion);
+            let asked =
+                matches!(e.kind(), clap::error::ErrorKind::DisplayHelp | clap::error::ErrorKind::DisplayVersion);
             // A closed pipe is the only thing that can go wrong here.
             e.print().ok();
             return ExitCode::from(if asked { 0 } else { 2 });
@@ -97,7 +100,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args, global),
         Command::Run(args) => run::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
-        Command::Tokenize(args) => tokenize::run(args),
+        Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
         Command::Bench(args) => bench::run(args, global),
     };
@@ -105,6 +108,15 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => report(&e),
     }
+}
+
+/// `args` with its MODEL looked up in the store.
+fn with_path(args: &tokenize::TokenizeArgs) -> anyhow::Result<tokenize::TokenizeArgs> {
+    let mut args = args.clone();
+    if let Some(model) = &mut args.model {
+        *model = crate::store::Store::open()?.resolve(model)?.to_string_lossy().into_owned();
+    }
+    Ok(args)
 }
 
 /// One line on standard error, and the exit status.
@@ -156,7 +168,10 @@ mod tests {
 
     #[test]
     fn sizes() {
-        assert_eq!([0, 999, 1000, 98_700_000, 1_120_000_000].map(size), ["0 B", "999 B", "1.0 kB", "98.7 MB", "1.1 GB"]);
+        assert_eq!(
+            [0, 999, 1000, 98_700_000, 1_120_000_000].map(size),
+            ["0 B", "999 B", "1.0 kB", "98.7 MB", "1.1 GB"]
+        );
         assert_eq!(size(999_900), "1.0 MB");
     }
 }

@@ -84,7 +84,9 @@ pub fn adapter(text: &str) -> Result<(PathBuf, f32), String> {
 
 /// How tokens are chosen, where that differs from the model's own settings.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Sampling (default: what the model's makers published, or else temp 0.7, top-k 40, top-p 0.95, min-p 0.05)")]
+#[command(
+    next_help_heading = "Sampling (default: what the model's makers published, or else temp 0.7, top-k 40, top-p 0.95, min-p 0.05)"
+)]
 pub struct SamplingOptions {
     /// Temperature; 0 takes the likeliest token always
     #[arg(long, value_name = "T")]

@@ -2,9 +2,9 @@
 
 use super::options::read_text;
 use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, print_json};
+use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
 use crate::engine::session::{Ask, Event, Message, Session};
-use crate::engine::answer::Finish;
 use anyhow::{Result, ensure};
 use rushlight_models::tokenizer::Specials;
 use std::io::Write;

@@ -47,16 +47,9 @@ impl Loaded {
             None => ChatTemplate::from_dir(path),
         };
         let template = match given {
-            Some(given) => Some(given_template(given)?),
-            None => own()?,
-        };
-        let Some(template) = template else {
-            bail!(
-                "{}: the model has no chat template: choose one with --template ({}, or a file), or continue plain text \
-                 with `rushlight run --raw`",
-                path.display(),
-                ChatTemplate::builtin_names().join(", ")
-            );
+            Some(given) => given_template(given)?,
+            // A model without one may still have the marks of a template that we know.
+            None => ChatTemplate::choose(own()?, &self.tokenizer)?,
         };
         Ok(Arc::new(template))
     }
@@ -77,7 +70,7 @@ pub fn given_template(given: &str) -> Result<ChatTemplate> {
         return Ok(template);
     }
     if !Path::new(given).is_file() {
-        let names = ChatTemplate::builtin_names().join(", ");
+        let names = ChatTemplate::builtin_names().collect::<Vec<_>>().join(", ");
         bail!("--template {given}: neither a file nor a built-in template; those are {names}");
     }
     let source = std::fs::read_to_string(given).with_context(|| given.to_string())?;

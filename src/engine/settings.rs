@@ -150,8 +150,8 @@ impl Sampling {
         ];
         for (name, value, low, high) in ranges {
             if !(low..=high).contains(&value) {
-                let low = if low == f32::MIN_POSITIVE { "above 0".into() } else { format!("from {low}") };
-                bail!("{name} must be {low} to {high}, not {value}");
+                let low = if low == f32::MIN_POSITIVE { "above 0".into() } else { format!("at least {low}") };
+                bail!("{name} must be {low} and at most {high}, not {value}");
             }
         }
         if let Some((id, bias)) = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite() || bias.abs() > 1e6) {

@@ -195,7 +195,9 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let file: File = serde_json::from_slice(bytes).map_err(|e| bad(format!("not a tokenizer: {e}")))?;
     let kind = file.model.kind.as_deref().unwrap_or(if file.model.vocab.scored { "Unigram" } else { "BPE" });
     if !matches!(kind, "BPE" | "Unigram") {
-        let what = format!("its model is {kind:?}; only BPE and Unigram are supported (WordPiece is for models that embed text)");
+        let what = format!(
+            "its model is {kind:?}; only BPE and Unigram are supported (WordPiece is for models that embed text)"
+        );
         return Err(Error::file(path, what));
     }
     let affixes = [&file.model.continuing_subword_prefix, &file.model.end_of_word_suffix];
@@ -277,7 +279,10 @@ pub fn add(vocabulary: &mut Vocabulary, token: AddedToken, native: bool) -> Resu
     let id = vocabulary.id(&token.content).unwrap_or(token.id);
     if !vocabulary.set(id, &token.content, kind)? {
         let other = vocabulary.piece(id).unwrap_or_default();
-        return Err(Error::model(format!("the added token {:?} has the id {id} of the token {other:?}", token.content)));
+        return Err(Error::model(format!(
+            "the added token {:?} has the id {id} of the token {other:?}",
+            token.content
+        )));
     }
     Ok(Some(Added {
         id,
@@ -355,7 +360,12 @@ fn template_marks(processor: &Value) -> (Option<&str>, Option<&str>) {
 }
 
 /// The pipeline, and the tokens that are looked for in raw text.
-fn pipeline(normalizer: &Value, pre_tokenizer: &Value, model: Model, added: Vec<Added>) -> Result<(Pipeline, Matcher), String> {
+fn pipeline(
+    normalizer: &Value,
+    pre_tokenizer: &Value,
+    model: Model,
+    added: Vec<Added>,
+) -> Result<(Pipeline, Matcher), String> {
     let model = match (patterns(normalizer, pre_tokenizer), model) {
         (Some((patterns, compose)), Model::Bpe(bpe)) if bpe.bytes.is_none() => {
             let words = Words::new(&patterns, compose)?;
@@ -381,7 +391,8 @@ fn pipeline(normalizer: &Value, pre_tokenizer: &Value, model: Model, added: Vec<
             if steps(value, "pretokenizers").iter().any(|s| s["type"] == "FixedLength" && s["length"] == 0) {
                 return Err("pre_tokenizer: words of length 0".into());
             }
-            let p: PreTokenizerWrapper = serde_json::from_value(value.clone()).map_err(|e| format!("pre_tokenizer: {e}"))?;
+            let p: PreTokenizerWrapper =
+                serde_json::from_value(value.clone()).map_err(|e| format!("pre_tokenizer: {e}"))?;
             Some(Box::new(p))
         }
     };

@@ -1,6 +1,6 @@
 //! What begins with a slash.
 
-use super::{Talk, Usage};
+use super::Talk;
 use crate::cli::options::adapter;
 use crate::cli::size;
 use crate::engine::session::Message;
@@ -68,7 +68,9 @@ pub fn command(talk: &mut Talk, line: &str) -> Result<Next> {
                 let usage = format!("{name} {arguments}");
                 talk.say(&format!("{usage:28}{meaning}"))?;
             }
-            talk.say("End a line with \\ to go on in the next, or put a message of several lines between \"\"\" marks.")?;
+            talk.say(
+                "End a line with \\ to go on in the next, or put a message of several lines between \"\"\" marks.",
+            )?;
             talk.say("Ctrl-C stops an answer. A message that begins with / goes after a space.")?;
         }
         "/quit" | "/exit" | "/bye" => return Ok(Next::Leave),
@@ -83,7 +85,10 @@ pub fn command(talk: &mut Talk, line: &str) -> Result<Next> {
             while talk.session.messages().last().is_some_and(|m| m.role == "assistant") {
                 talk.session.messages().pop();
             }
-            ensure!(talk.session.messages().last().is_some_and(|m| m.role == "user"), "there is no message to answer yet");
+            ensure!(
+                talk.session.messages().last().is_some_and(|m| m.role == "user"),
+                "there is no message to answer yet"
+            );
             // The same seed would only say the same again.
             if let Some(seed) = &mut talk.ask.sampling.seed {
                 *seed = seed.wrapping_add(1);
@@ -137,8 +142,9 @@ fn load(path: &Path) -> Result<Vec<Message>> {
     let text = std::fs::read(path).with_context(name)?;
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{}: not JSON", name()))?;
     let messages = if value.is_array() { value } else { value["messages"].clone() };
-    let messages: Vec<Message> = serde_json::from_value(messages)
-        .with_context(|| format!("{}: no conversation: expected {{\"messages\": [{{\"role\", \"content\"}}]}}", name()))?;
+    let messages: Vec<Message> = serde_json::from_value(messages).with_context(|| {
+        format!("{}: no conversation: expected {{\"messages\": [{{\"role\", \"content\"}}]}}", name())
+    })?;
     let known = |m: &Message| matches!(m.role.as_str(), "system" | "user" | "assistant" | "tool");
     if let Some(m) = messages.iter().find(|m| !known(m)) {
         bail!("{}: '{}' is not the role of a message", name(), m.role.escape_debug());
@@ -166,7 +172,10 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
     };
     let value: Value = match value.trim() {
         "-" | "off" | "none" => Value::Null,
-        number => serde_json::from_str(number).ok().filter(Value::is_number).with_context(|| format!("'{number}' is not a number"))?,
+        number => serde_json::from_str(number)
+            .ok()
+            .filter(Value::is_number)
+            .with_context(|| format!("'{number}' is not a number"))?,
     };
     if name == "max_tokens" {
         talk.ask.max_tokens = serde_json::from_value(value).context("max_tokens must be a whole number, or -")?;
@@ -180,7 +189,7 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
     map.insert(name.clone(), value);
     let sampling: Sampling =
         serde_json::from_value(Value::Object(map)).with_context(|| format!("{name} does not take that value"))?;
-    sampling.check().map_err(|e| Usage(e.to_string()))?;
+    sampling.check()?;
     talk.ask.sampling = sampling;
     Ok(())
 }
@@ -198,7 +207,7 @@ fn adapters(talk: &mut Talk, rest: &str) -> Result<()> {
     let wanted = if rest == "off" {
         Vec::new()
     } else {
-        let (path, scale) = adapter(rest).map_err(Usage)?;
+        let (path, scale) = adapter(rest).map_err(anyhow::Error::msg)?;
         let mut wanted: Vec<_> = talk.adapters.iter().filter(|(p, _)| *p != path).cloned().collect();
         wanted.push((path, scale));
         wanted

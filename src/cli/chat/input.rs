@@ -138,7 +138,9 @@ mod tests {
 
     #[test]
     fn several_lines() {
-        for (text, open) in [("a", false), ("a\\", true), ("a\\\nb", false), ("\"\"\"a", true), ("\"\"\"a\nb\"\"\"", false)] {
+        for (text, open) in
+            [("a", false), ("a\\", true), ("a\\\nb", false), ("\"\"\"a", true), ("\"\"\"a\nb\"\"\"", false)]
+        {
             assert_eq!(is_open(text), open, "{text:?}");
         }
         assert!(is_open("\"\"\""), "an opening mark does not close itself");

@@ -5,7 +5,7 @@ mod input;
 
 use super::markdown::Markdown;
 use super::run::LONG_PROMPT;
-use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, Usage, interrupt};
+use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt};
 use crate::engine::Engine;
 use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
@@ -208,11 +208,17 @@ impl Talk {
     /// A line to the person.
     fn say(&self, text: &str) -> Result<()> {
         // Only answers go to a pipe.
-        if self.terminal { writeln!(std::io::stdout(), "{text}")? } else { writeln!(std::io::stderr(), "{text}")? }
+        if self.terminal {
+            writeln!(std::io::stdout(), "{text}")?
+        } else {
+            writeln!(std::io::stderr(), "{text}")?
+        }
         Ok(())
     }
 }
 
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|c| c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+    error
+        .chain()
+        .any(|c| c.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
 }

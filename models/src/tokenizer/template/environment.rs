@@ -124,13 +124,15 @@ impl ChatTemplate {
         variables.insert("messages".into(), messages.into());
 
         let name = if self.for_tools && options.tools.is_some() { "tool_use" } else { "default" };
-        let failed = |e: minijinja::Error| Error::model(format!("{}: the chat template failed: {}", self.name(), tell(&e)));
+        let failed =
+            |e: minijinja::Error| Error::model(format!("{}: the chat template failed: {}", self.name(), tell(&e)));
         let mut env = self.environment.clone();
         env.set_fuel(Some(FUEL + FUEL_PER_MESSAGE * messages.len() as u64));
         let template = env.get_template(name).map_err(failed)?;
         let mut out = Limited { bytes: Vec::new(), room: OUTPUT + 16 * size };
         template.render_captured_to(Value::from(Serde(&variables)), &mut out).map_err(failed)?;
-        String::from_utf8(out.bytes).map_err(|_| Error::model(format!("{}: the chat template wrote no text", self.name())))
+        String::from_utf8(out.bytes)
+            .map_err(|_| Error::model(format!("{}: the chat template wrote no text", self.name())))
     }
 }
 

@@ -85,7 +85,13 @@ fn number(value: &Value, out: &mut String) {
     } else if x.is_finite() {
         out.push_str(&format!("{x:?}"));
     } else {
-        out.push_str(if x.is_nan() { "nan" } else if x > 0.0 { "inf" } else { "-inf" });
+        out.push_str(if x.is_nan() {
+            "nan"
+        } else if x > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        });
     }
 }
 
@@ -107,7 +113,8 @@ pub fn json(value: &Value, args: &Kwargs) -> Result<String, Error> {
         Some([a, b]) => (a.as_str(), b.as_str()),
         Some(_) => return Err(invalid("separators must be a pair")),
     };
-    let mut writer = Json { out: String::new(), indent, between, colon, ascii: ascii == Some(true), sort: sort == Some(true) };
+    let mut writer =
+        Json { out: String::new(), indent, between, colon, ascii: ascii == Some(true), sort: sort == Some(true) };
     writer.write(value, 0)?;
     Ok(writer.out)
 }
@@ -213,7 +220,13 @@ impl Json<'_> {
 }
 
 /// Jinja's `indent(width=4, first=False, blank=False)`; `width` may be a string.
-pub fn indent(text: String, width: Option<Value>, first: Option<bool>, blank: Option<bool>, args: Kwargs) -> Result<String, Error> {
+pub fn indent(
+    text: String,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    args: Kwargs,
+) -> Result<String, Error> {
     let width = width.or(args.get("width")?);
     let first = first.or(args.get("first")?).unwrap_or(false);
     let blank = blank.or(args.get("blank")?).unwrap_or(false);
@@ -240,7 +253,17 @@ pub fn indent(text: String, width: Option<Value>, first: Option<bool>, blank: Op
 pub fn strftime(format: &str, seconds: u64) -> String {
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     let days = seconds / 86400;
