@@ -248,6 +248,54 @@ fn llama3_factors(dim: usize, base: f64, factor: f64, low: f64, high: f64, origi
     each.collect()
 }
 
+/// A PEFT adapter in llama.cpp's form: GGUF names, and q and k rows in the order of GGUF.
+fn adapter_to_gguf(source: &Path, path: &Path, architecture: &str, alpha: f64) {
+    let llama = FAMILIES.iter().find(|f| f.name == "llama").unwrap();
+    let mut metadata = Metadata::default();
+    for (key, value) in [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", architecture)]
+    {
+        metadata.0.insert(key.into(), Value::String(value.into()));
+    }
+    metadata.0.insert("adapter.lora.alpha".into(), Value::Float(alpha));
+    let file = rushlight_models::checkpoint::safetensors::open(&source.join("adapter_model.safetensors")).unwrap();
+    let tensors = file.tensors.into_iter().map(|tensor| {
+        let name = tensor.info.name.strip_prefix("base_model.model.").unwrap();
+        let (module, part) = name.strip_suffix(".weight").unwrap().rsplit_once('.').unwrap();
+        let (role, layer) = llama.role(Naming::HuggingFace, module).unwrap();
+        let name = format!("{}.weight.{}", llama.name(Naming::Gguf, role, layer).unwrap(), part.to_lowercase());
+        let mut data = tensor.data.to_vec();
+        if part == "lora_B" && matches!(role, Role::Q | Role::K) {
+            let (rows, row) = (tensor.info.shape[0], data.len() / tensor.info.shape[0]);
+            let order = reorder(rows, 16, 16, RopeLayout::Half, RopeLayout::Interleaved);
+            data = order.iter().flat_map(|&r| data[r * row..][..row].to_vec()).collect();
+        }
+        (TensorInfo { name, ..tensor.info }, data)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
+    let mut writer = Writer::create(path, &metadata, &infos).unwrap();
+    tensors.iter().for_each(|(info, data)| writer.write(&info.name, data).unwrap());
+    writer.finish().unwrap();
+}
+
+#[test]
+fn gguf_adapters_fit_bases_of_either_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, base, adapter) = (fixture("llama"), dir.path().join("base.gguf"), dir.path().join("adapter.gguf"));
+    to_gguf(&source, &base, 2, &[], None);
+    let peft = source.join("adapters/lora-qv");
+    adapter_to_gguf(&peft, &adapter, "llama", 16.0);
+    for base in [&base, &source] {
+        let mut engine = Engine::open(base, &options(&[&adapter])).unwrap();
+        check_golden(&mut engine, &peft.join("golden.json"), &base.display().to_string());
+    }
+    adapter_to_gguf(&peft, &adapter, "qwen2", 16.0);
+    let error = Engine::open(&base, &options(&[&adapter])).err().unwrap().to_string();
+    assert!(error.contains("another base"), "{error}");
+    let error = Engine::open(&source, &options(&[&base])).err().unwrap().to_string();
+    assert!(error.contains("not a LoRA adapter"), "{error}");
+}
+
 #[test]
 fn several_adapters_add_up_and_scale() {
     let dir = fixture("llama");
