@@ -10,7 +10,7 @@
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{CodePanel, GemmShape, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows};
+use crate::kernels::{CodePanel, GemmShape, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 
@@ -69,24 +69,32 @@ struct Quantized {
     s32: Aligned<f32>,
     c16: Aligned<i32>,
     c32: Aligned<i32>,
+    by_columns: [Aligned<f32>; 3],
+    padded: usize,
 }
 
 impl Quantized {
-    fn fill(&mut self, cpu: &Cpu, x: &[f32], n: usize, cols: usize) {
-        self.q.reserve(n * cols);
+    fn fill(&mut self, cpu: &Cpu, phase: Phase, x: &[f32], n: usize, cols: usize) {
+        self.padded = if phase == Phase::Prompt { n.next_multiple_of(ROW_BLOCK) } else { n };
+        let padded = self.padded;
+        self.q.reserve(padded * cols);
         self.d.reserve(n * cols / 32);
         self.s16.reserve(n * cols / 16);
         self.s32.reserve(n * cols / 32);
         self.c16.reserve(n * cols / 16);
         self.c32.reserve(n * cols / 32);
+        for (turned, each) in self.by_columns.iter_mut().zip([32, 16, 32]) {
+            turned.reserve(padded * cols / each);
+        }
         let q = Disjoint::new(&mut self.q);
         let d = Disjoint::new(&mut self.d);
         let s16 = Disjoint::new(&mut self.s16);
         let s32 = Disjoint::new(&mut self.s32);
         let c16 = Disjoint::new(&mut self.c16);
         let c32 = Disjoint::new(&mut self.c32);
-        cpu.split(n, 8, &|rows| {
-            for r in rows {
+        let by_columns = self.by_columns.each_mut().map(|turned| Disjoint::new(turned));
+        cpu.split(n, 16, &|rows| {
+            for r in rows.clone() {
                 let (a, b) = (r * cols, (r + 1) * cols);
                 // SAFETY: rows, and so these ranges, belong to one task each.
                 let row = unsafe {
@@ -101,13 +109,27 @@ impl Quantized {
                 };
                 (cpu.kernels.quantize)(&x[a..b], row);
             }
+            if phase == Phase::Prompt {
+                for (turned, (plain, each)) in by_columns.iter().zip([(&d, 32), (&s16, 16), (&s32, 32)]) {
+                    let width = cols / each;
+                    for c in 0..width {
+                        // SAFETY: these rows' places in each column belong to this task, as do the rows themselves.
+                        let column = unsafe { turned.slice(c * padded + rows.start..c * padded + rows.end) };
+                        for (r, to) in rows.clone().zip(column) {
+                            // SAFETY: as above.
+                            *to = unsafe { plain.slice(r * width + c..r * width + c + 1) }[0];
+                        }
+                    }
+                }
+            }
         });
     }
 
     fn rows(&self, cols: usize) -> QuantizedRows<'_> {
         let all =
             QuantizedRow { q: &self.q, d: &self.d, s16: &self.s16, s32: &self.s32, c16: &self.c16, c32: &self.c32 };
-        QuantizedRows { all, cols }
+        let [d, s16, s32] = &self.by_columns;
+        QuantizedRows { all, cols, d, s16, s32, padded: self.padded }
     }
 }
 
@@ -145,7 +167,7 @@ impl Cpu {
         }
         QUANTIZED.with_borrow_mut(|quantized| {
             if weights.iter().any(|w| !w.format.is_float()) {
-                quantized.fill(self, x, n, cols);
+                quantized.fill(self, phase, x, n, cols);
             }
             let quantized = quantized.rows(cols);
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();

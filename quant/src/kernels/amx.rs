@@ -4,7 +4,7 @@
 //! one block of assembly loads, multiplies and stores, and leaves nothing in them. Only the configuration lasts from
 //! block to block, within one call.
 
-use super::{CodePanel, Isa, Kernels, PANEL, QuantizedRows, avx512};
+use super::{CodePanel, Isa, Kernels, PANEL, QuantizedRows, ROW_BLOCK, avx512};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -55,6 +55,7 @@ pub(super) fn kernels() -> Kernels {
         biased_codes: false,
         pack_codes: avx512::pack_codes_flipped::<0>,
         mul_panels,
+        peak_int8: Some(peak_int8),
         ..avx512::kernels()
     }
 }
@@ -85,84 +86,85 @@ impl Config {
     }
 }
 
+/// Scale groups that are multiplied before their products are added up: so many fit in the nearest cache twice, and
+/// each sum is loaded and stored once for them all.
+const STEPS: usize = 4;
+
+/// Rows whose sums are added up together, in registers.
+const STRIP: usize = ROW_BLOCK / STEPS;
+
 /// Products of two by two tiles: 32 rows, 2 panels.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Products([[[i32; PANEL]; ROWS]; 4]);
 
 fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
+    let with_min = panels.iter().any(|p| !p.min.is_empty());
     // SAFETY: this table is handed out only where `available`; `inner` checks the sizes.
-    unsafe { inner(panels, x, rows, out, stride) }
+    unsafe {
+        match (panels[0].sub, with_min) {
+            (16, false) => inner::<16, false>(panels, x, rows, out, stride),
+            (16, true) => inner::<16, true>(panels, x, rows, out, stride),
+            (_, false) => inner::<32, false>(panels, x, rows, out, stride),
+            (_, true) => inner::<32, true>(panels, x, rows, out, stride),
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn inner(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
-    let (cols, sub) = (x.cols, panels[0].sub);
+fn inner<const SUB: usize, const MIN: bool>(
+    panels: &[CodePanel<'_>],
+    x: QuantizedRows<'_>,
+    rows: Range<usize>,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let (cols, padded) = (x.cols, x.padded);
+    let groups = cols / SUB;
     // With one panel the second tile of weights repeats the first and its products are left.
     let pair = [&panels[0], panels.get(1).unwrap_or(&panels[0])];
     for panel in pair {
-        assert!(panel.codes.len() >= cols * PANEL && panel.scale.len() >= cols / sub * PANEL);
-        assert!(panel.min.is_empty() || panel.min.len() >= cols / sub * PANEL);
+        assert!(panel.sub == SUB && panel.codes.len() >= cols * PANEL && panel.scale.len() >= groups * PANEL);
+        assert!(!MIN || panel.min.len() >= groups * PANEL);
     }
-    assert!(x.all.q.len() >= rows.end * cols && x.all.d.len() >= rows.end * cols / 32);
-    assert!(x.all.s32.len() >= rows.end * cols / 32 && x.all.s16.len() >= rows.end * cols / 16);
+    assert!(rows.start.is_multiple_of(ROW_BLOCK) && rows.end <= padded && padded.is_multiple_of(ROW_BLOCK));
+    assert!(x.all.q.len() >= padded * cols && x.d.len() >= padded * cols / 32);
+    assert!(x.s32.len() >= padded * cols / 32 && x.s16.len() >= padded * cols / 16);
     assert!(rows.is_empty() || out.len() >= (rows.len() - 1) * stride + panels.len() * PANEL);
-    let config = Config::new(sub);
+    let config = Config::new(SUB);
     // SAFETY: the processor has AMX and the process the permission; `config` is 64 bytes in the layout of palette 1.
     unsafe { asm!("ldtilecfg [{0}]", in(reg) &config, options(nostack, preserves_flags)) };
-    // Rows at the edge are multiplied from a copy, so that no tile reads beyond the activations.
-    let mut edge = crate::buffer::Aligned::<i8>::default();
-    let mut products = [const { Products([[[0; PANEL]; ROWS]; 4]) }; 2];
-    let mut first = rows.start;
-    while first < rows.end {
-        let n = (rows.end - first).min(2 * ROWS);
-        let mut q = x.all.q[first * cols..].as_ptr();
-        if n < 2 * ROWS {
-            edge = crate::buffer::Aligned::zeroed(2 * ROWS * cols);
-            edge[..n * cols].copy_from_slice(&x.all.q[first * cols..(first + n) * cols]);
-            q = edge.as_ptr();
-        }
-        let mut sums = [[_mm512_setzero_ps(); 2]; 2 * ROWS];
-        let groups = cols / sub;
-        for s in 0..=groups {
-            if s < groups {
-                // SAFETY: 32 rows of `cols` codes at `q`; `cols * 16` codes in each panel.
-                unsafe {
-                    let a = q.add(s * sub);
-                    let w = [0, 1].map(|p| pair[p].codes.as_ptr().add(s * sub * PANEL));
-                    multiply(a, a.add(ROWS * cols), cols, w, &mut products[s % 2]);
+    let mut products = [[Products([[[0; PANEL]; ROWS]; 4]); STEPS]; 2];
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROW_BLOCK];
+    for first in rows.clone().step_by(ROW_BLOCK) {
+        sums.fill([_mm512_setzero_ps(); 2]);
+        let chunks = groups.div_ceil(STEPS);
+        for chunk in 0..=chunks {
+            // While the tiles multiply one chunk, the vector units add up the one before.
+            let (multiplied, added) = products.split_at_mut(1);
+            let (multiplied, added) =
+                if chunk % 2 == 0 { (&mut multiplied[0], &added[0]) } else { (&mut added[0], &multiplied[0]) };
+            for step in 0..STEPS {
+                let s = chunk * STEPS + step;
+                if s < groups {
+                    // SAFETY: 32 rows of `cols` codes from row `first` on; `cols * 16` codes in each panel.
+                    unsafe {
+                        let a = x.all.q.as_ptr().add(first * cols + s * SUB);
+                        let at = s * SUB * PANEL;
+                        let w = [pair[0].codes.as_ptr().add(at), pair[1].codes.as_ptr().add(at)];
+                        multiply(a, a.add(ROWS * cols), cols, w, &mut multiplied[step]);
+                    }
                 }
-            }
-            if s > 0 {
-                // The tiles of this step are at work meanwhile.
-                let s = s - 1;
-                let done = &products[s % 2];
-                for p in 0..panels.len() {
-                    // SAFETY: asserted above.
-                    let scale = unsafe { _mm512_loadu_ps(pair[p].scale.as_ptr().add(s * PANEL)) };
-                    let d = &x.all.d[first * cols / 32 + s * sub / 32..];
-                    for r in 0..n {
-                        // SAFETY: row `first + r` has a scale for this group; `done` holds 16 numbers a row.
-                        unsafe {
-                            let dots = _mm512_load_si512(done.0[(r / ROWS) * 2 + p][r % ROWS].as_ptr().cast());
-                            let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.as_ptr().add(r * cols / 32)));
-                            sums[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factor, sums[r][p]);
-                        }
-                    }
-                    if !pair[p].min.is_empty() {
-                        // SAFETY: asserted above.
-                        let min = unsafe { _mm512_loadu_ps(pair[p].min.as_ptr().add(s * PANEL)) };
-                        let (all, each) = if sub == 16 { (x.all.s16, 16) } else { (x.all.s32, 32) };
-                        let all = &all[first * cols / each + s..];
-                        for r in 0..n {
-                            // SAFETY: row `first + r` has a sum for this group.
-                            let sum = unsafe { *all.as_ptr().add(r * cols / each) };
-                            sums[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum), sums[r][p]);
-                        }
-                    }
+                if chunk > 0 {
+                    let from = (chunk - 1) * STEPS;
+                    let at = first + step * STRIP;
+                    let strip = &mut sums[step * STRIP..(step + 1) * STRIP];
+                    // SAFETY: scales and minimums of `groups` groups, activations' of `padded` rows (asserted above).
+                    unsafe { add_up::<SUB, MIN>(pair, &x, from, STEPS.min(groups - from), at, step, added, strip) };
                 }
             }
         }
-        for r in 0..n {
+        for r in 0..ROW_BLOCK.min(rows.end - first) {
             for p in 0..panels.len() {
                 // SAFETY: asserted above.
                 unsafe {
@@ -171,11 +173,55 @@ fn inner(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out
                 }
             }
         }
-        first += n;
     }
-    drop(edge);
     // SAFETY: nothing is left in the tiles.
     unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
+}
+
+/// Adds the products of `steps` groups, from group `from` on, to the sums of the `strip`-th eight rows, which are
+/// activations `row` and on.
+///
+/// # Safety
+/// AVX-512; the panels have these groups and the activations these rows.
+#[inline(always)]
+unsafe fn add_up<const SUB: usize, const MIN: bool>(
+    pair: [&CodePanel<'_>; 2],
+    x: &QuantizedRows<'_>,
+    from: usize,
+    steps: usize,
+    row: usize,
+    strip: usize,
+    products: &[Products; STEPS],
+    sums: &mut [[__m512; 2]],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 2]; STRIP];
+        acc.copy_from_slice(sums);
+        for step in 0..steps {
+            let s = from + step;
+            let tiles = &products[step].0;
+            let (half, start) = (strip * STRIP / ROWS, strip * STRIP % ROWS);
+            let d = x.d.as_ptr().add(s * SUB / 32 * x.padded + row);
+            for p in 0..2 {
+                let scale = _mm512_loadu_ps(pair[p].scale.as_ptr().add(s * PANEL));
+                let dots = tiles[half * 2 + p].as_ptr().add(start);
+                for r in 0..STRIP {
+                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r)));
+                    let dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots.add(r).cast()));
+                    acc[r][p] = _mm512_fmadd_ps(dot, factor, acc[r][p]);
+                }
+                if MIN {
+                    let min = _mm512_loadu_ps(pair[p].min.as_ptr().add(s * PANEL));
+                    let sum = (if SUB == 16 { x.s16 } else { x.s32 }).as_ptr().add(s * x.padded + row);
+                    for r in 0..STRIP {
+                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sum.add(r)), acc[r][p]);
+                    }
+                }
+            }
+        }
+        sums.copy_from_slice(&acc);
+    }
 }
 
 /// Multiplies 2 x 16 rows of codes (at distance `stride`) by two panels' next columns.
@@ -216,4 +262,30 @@ unsafe fn multiply(a0: *const i8, a1: *const i8, stride: usize, w: [*const i8; 2
             options(nostack, preserves_flags),
         );
     }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    let config = Config::new(64);
+    for _ in 0..steps / 256 {
+        // SAFETY: the processor has AMX and the process the permission; the tiles hold nothing that is used.
+        unsafe {
+            asm!(
+                "ldtilecfg [{config}]",
+                "2:",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tdpbssd tmm3, tmm5, tmm7",
+                "dec {n}",
+                "jnz 2b",
+                "tilerelease",
+                config = in(reg) &config,
+                n = inout(reg) 64u64 => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+    steps / 256 * 64 * 4 * (2 * 16 * 16 * 64)
 }

@@ -1,8 +1,8 @@
 //! AVX-512 with VNNI: 512-bit registers, four unsigned by signed byte products added to 32 bits in one step.
 
 use super::codes256::{self, Codes, Dot, by_codes};
-use super::lanes::{compiled, compiled_lanes};
-use super::scalar::{self, pack_codes_of};
+use super::lanes::compiled_lanes;
+use super::scalar::pack_codes_of;
 use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
     QuantizedRowMut, QuantizedRows,
@@ -24,11 +24,7 @@ pub(super) fn kernels() -> Kernels {
     Kernels {
         isa: Isa::Avx512,
         biased_codes: true,
-        quantize: compiled!(
-            "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c",
-            scalar::quantize,
-            (x: &[f32], out: QuantizedRowMut<'_>)
-        ),
+        quantize,
         dot_codes,
         dot_floats,
         pack_codes,
@@ -37,6 +33,7 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        peak_int8: Some(peak_int8),
         lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     }
 }
@@ -61,6 +58,41 @@ impl Dot for Vnni {
         // SAFETY: the caller has AVX-512 VL and VNNI.
         unsafe { _mm256_dpbusd_epi32(start, codes, a) }
     }
+}
+
+/// See [`scalar::quantize`]: the same codes and scales.
+fn quantize(x: &[f32], out: QuantizedRowMut<'_>) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn inner(x: &[f32], out: QuantizedRowMut<'_>) {
+        let groups = x.len() / 32;
+        assert!(out.q.len() >= groups * 32 && out.d.len() >= groups && out.s32.len() >= groups);
+        assert!(out.c32.len() >= groups && out.s16.len() >= 2 * groups && out.c16.len() >= 2 * groups);
+        for g in 0..groups {
+            // SAFETY: 32 numbers from `32 g` on; the outputs have this group (asserted above).
+            unsafe {
+                let x = [_mm512_loadu_ps(x.as_ptr().add(g * 32)), _mm512_loadu_ps(x.as_ptr().add(g * 32 + 16))];
+                // As integers, because a comparison of floats would pass over a NaN.
+                let (a, b) = (_mm512_castps_si512(_mm512_abs_ps(x[0])), _mm512_castps_si512(_mm512_abs_ps(x[1])));
+                let most = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(a, b)));
+                let d = most / 127.0;
+                let inverse = _mm512_set1_ps(if most == 0.0 { 0.0 } else { 127.0 / most });
+                let mut total = 0;
+                for h in 0..2 {
+                    let q = _mm512_cvtps_epi32(_mm512_mul_ps(x[h], inverse));
+                    _mm_storeu_si128(out.q.as_mut_ptr().add(g * 32 + h * 16).cast(), _mm512_cvtsepi32_epi8(q));
+                    let sum = _mm512_reduce_add_epi32(q);
+                    *out.s16.as_mut_ptr().add(2 * g + h) = d * sum as f32;
+                    *out.c16.as_mut_ptr().add(2 * g + h) = sum.wrapping_mul(-128);
+                    total = i32::wrapping_add(total, sum);
+                }
+                *out.d.as_mut_ptr().add(g) = d;
+                *out.s32.as_mut_ptr().add(g) = d * total as f32;
+                *out.c32.as_mut_ptr().add(g) = total.wrapping_mul(-128);
+            }
+        }
+    }
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { inner(x, out) }
 }
 
 pub(super) fn dot_codes(format: Format) -> DotCodes {
@@ -153,56 +185,60 @@ fn mul_some<const R: usize, const P: usize>(
     stride: usize,
 ) {
     let (cols, sub) = (x.cols, panels[0].sub);
+    let groups = cols / sub;
     for panel in panels {
-        assert!(panel.codes.len() >= cols * PANEL && panel.scale.len() >= cols / sub * PANEL);
-        assert!(panel.min.is_empty() || panel.min.len() >= cols / sub * PANEL);
+        assert!(panel.sub == sub && panel.codes.len() >= cols * PANEL && panel.scale.len() >= groups * PANEL);
+        assert!(panel.min.is_empty() || panel.min.len() >= groups * PANEL);
     }
-    assert!(out.len() >= (R - 1) * stride + P * PANEL);
-    let x: [QuantizedRow<'_>; R] = std::array::from_fn(|r| x.row(first + r));
+    let rows = first + R;
+    assert!(x.all.q.len() >= rows * cols && rows <= x.padded && x.d.len() >= x.padded * cols / 32);
+    assert!(x.s16.len() >= x.padded * cols / 16 && x.s32.len() >= x.padded * cols / 32);
+    let (c, sums) = if sub == 16 { (x.all.c16, x.s16) } else { (x.all.c32, x.s32) };
+    assert!(c.len() >= rows * groups && out.len() >= (R - 1) * stride + P * PANEL);
     let quads = sub / 4;
     let with_min = !panels[0].min.is_empty();
+    let q = x.all.q[first * cols..].as_ptr().cast::<i32>();
     let mut acc = [[_mm512_setzero_ps(); P]; R];
-    for s in 0..cols / sub {
-        // The panels' codes are raised by 128: begin with what that adds taken off.
-        let mut dots = [[_mm512_setzero_si512(); P]; R];
-        for r in 0..R {
-            dots[r] = [_mm512_set1_epi32(if sub == 16 { x[r].c16[s] } else { x[r].c32[s] }); P];
-        }
-        for k in s * quads..(s + 1) * quads {
-            // SAFETY: `k < cols / 4`, and the assertions.
-            unsafe {
+    for s in 0..groups {
+        // SAFETY: rows `first..first + R` of every array, group `s` of every panel: all asserted above.
+        unsafe {
+            // The panels' codes are raised by 128: begin with what that adds taken off.
+            let mut dots = [[_mm512_setzero_si512(); P]; R];
+            for r in 0..R {
+                dots[r] = [_mm512_set1_epi32(*c.as_ptr().add((first + r) * groups + s)); P];
+            }
+            for k in s * quads..(s + 1) * quads {
                 let mut w = [_mm512_setzero_si512(); P];
                 for p in 0..P {
                     w[p] = _mm512_loadu_si512(panels[p].codes.as_ptr().add(k * 64).cast());
                 }
                 for r in 0..R {
-                    let a = _mm512_set1_epi32(x[r].q.as_ptr().add(k * 4).cast::<i32>().read_unaligned());
+                    let a = _mm512_set1_epi32(q.add(r * (cols / 4) + k).read_unaligned());
                     for p in 0..P {
                         dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], w[p], a);
                     }
                 }
             }
-        }
-        for p in 0..P {
-            // SAFETY: the assertions.
-            let scale = unsafe { _mm512_loadu_ps(panels[p].scale.as_ptr().add(s * PANEL)) };
-            for r in 0..R {
-                let factor = _mm512_mul_ps(scale, _mm512_set1_ps(x[r].d[s * sub / 32]));
-                acc[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), factor, acc[r][p]);
-            }
-            if with_min {
-                // SAFETY: the assertions.
-                let min = unsafe { _mm512_loadu_ps(panels[p].min.as_ptr().add(s * PANEL)) };
+            let d = x.d.as_ptr().add(s * sub / 32 * x.padded + first);
+            let sums = sums.as_ptr().add(s * x.padded + first);
+            for p in 0..P {
+                let scale = _mm512_loadu_ps(panels[p].scale.as_ptr().add(s * PANEL));
                 for r in 0..R {
-                    let sum = if sub == 16 { x[r].s16[s] } else { x[r].s32[s] };
-                    acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(sum), acc[r][p]);
+                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r)));
+                    acc[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), factor, acc[r][p]);
+                }
+                if with_min {
+                    let min = _mm512_loadu_ps(panels[p].min.as_ptr().add(s * PANEL));
+                    for r in 0..R {
+                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sums.add(r)), acc[r][p]);
+                    }
                 }
             }
         }
     }
     for r in 0..R {
         for p in 0..P {
-            // SAFETY: the last assertion.
+            // SAFETY: asserted above.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(r * stride + p * PANEL), acc[r][p]) }
         }
     }
@@ -419,4 +455,26 @@ pub(super) fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     assert_eq!(src.len(), dst.len());
     // SAFETY: this table is handed out only where `available`.
     unsafe { inner(src, dst) }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn inner(steps: u64) -> __m512i {
+        let (mut a, b) = (_mm512_set1_epi8(3), _mm512_set1_epi8(2));
+        let mut acc = [_mm512_setzero_si512(); 12];
+        for _ in 0..steps {
+            a = std::hint::black_box(a);
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, a, b);
+            }
+        }
+        let mut sum = b;
+        for acc in acc {
+            sum = _mm512_add_epi32(sum, acc);
+        }
+        sum
+    }
+    // SAFETY: this table is handed out only where `available`.
+    std::hint::black_box(unsafe { inner(steps) });
+    steps * 12 * 2 * 64
 }
