@@ -52,7 +52,7 @@ fn measured(size: usize, work: impl FnOnce()) -> usize {
     PEAK.set(before);
     let start = Instant::now();
     work();
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
     let peak = (PEAK.get() - before) as usize;
     assert!(peak <= size + ALLOWED, "{peak} bytes held for a file of {size}");
     peak

@@ -31,7 +31,7 @@ fn weights(format: Format) -> Vec<u8> {
 }
 
 #[divan::bench(args = cases(), sample_count = 20)]
-fn generate(bencher: divan::Bencher, case: &String) {
+fn generate(bencher: divan::Bencher, case: &str) {
     let (format, cpu) = parse(case);
     let data = weights(format);
     let x: Vec<f32> = (0..COLS).map(|i| (i % 17) as f32 - 8.0).collect();
@@ -43,7 +43,7 @@ fn generate(bencher: divan::Bencher, case: &String) {
 }
 
 #[divan::bench(args = cases(), sample_count = 5)]
-fn prompt(bencher: divan::Bencher, case: &String) {
+fn prompt(bencher: divan::Bencher, case: &str) {
     let (format, cpu) = parse(case);
     let n = 256;
     let data = weights(format);

@@ -6,6 +6,7 @@ pub mod buffer;
 mod cpu;
 pub mod formats;
 pub mod kernels;
+mod limits;
 pub mod matmul;
 pub mod ops;
 pub mod threads;

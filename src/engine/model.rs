@@ -124,6 +124,11 @@ impl Engine {
         self.backend.cpu().isa()
     }
 
+    /// The processor that it runs on.
+    pub fn cpu(&self) -> &Cpu {
+        self.backend.cpu()
+    }
+
     /// Sequences held at once.
     pub fn slots(&self) -> usize {
         self.backend.kv.shape().slots

@@ -55,6 +55,7 @@ pub(super) fn kernels() -> Kernels {
         biased_codes: false,
         pack_codes: avx512::pack_codes_flipped::<0>,
         mul_panels,
+        peak_int8: Some(peak_int8),
         ..avx512::kernels()
     }
 }
@@ -261,4 +262,30 @@ unsafe fn multiply(a0: *const i8, a1: *const i8, stride: usize, w: [*const i8; 2
             options(nostack, preserves_flags),
         );
     }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    let config = Config::new(64);
+    for _ in 0..steps / 256 {
+        // SAFETY: the processor has AMX and the process the permission; the tiles hold nothing that is used.
+        unsafe {
+            asm!(
+                "ldtilecfg [{config}]",
+                "2:",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tdpbssd tmm3, tmm5, tmm7",
+                "dec {n}",
+                "jnz 2b",
+                "tilerelease",
+                config = in(reg) &config,
+                n = inout(reg) 64u64 => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+    steps / 256 * 64 * 4 * (2 * 16 * 16 * 64)
 }

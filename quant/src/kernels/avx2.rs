@@ -28,6 +28,7 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        peak_int8: Some(peak_int8),
         lanes: compiled_lanes!("avx2,fma,f16c"),
     }
 }
@@ -375,4 +376,26 @@ fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     assert_eq!(src.len(), dst.len());
     // SAFETY: this table is handed out only where `available`.
     unsafe { inner(src, dst) }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    #[target_feature(enable = "avx2")]
+    fn inner(steps: u64) -> __m256i {
+        let (mut a, b, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi8(2), _mm256_set1_epi16(1));
+        let mut acc = [_mm256_setzero_si256(); 8];
+        for _ in 0..steps {
+            a = std::hint::black_box(a);
+            for acc in &mut acc {
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, *acc), ones));
+            }
+        }
+        let mut sum = b;
+        for acc in acc {
+            sum = _mm256_add_epi32(sum, acc);
+        }
+        sum
+    }
+    // SAFETY: this table is handed out only where `available`.
+    std::hint::black_box(unsafe { inner(steps) });
+    steps * 8 * 2 * 32
 }

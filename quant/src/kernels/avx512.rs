@@ -33,6 +33,7 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        peak_int8: Some(peak_int8),
         lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     }
 }
@@ -454,4 +455,26 @@ pub(super) fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     assert_eq!(src.len(), dst.len());
     // SAFETY: this table is handed out only where `available`.
     unsafe { inner(src, dst) }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn inner(steps: u64) -> __m512i {
+        let (mut a, b) = (_mm512_set1_epi8(3), _mm512_set1_epi8(2));
+        let mut acc = [_mm512_setzero_si512(); 12];
+        for _ in 0..steps {
+            a = std::hint::black_box(a);
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, a, b);
+            }
+        }
+        let mut sum = b;
+        for acc in acc {
+            sum = _mm512_add_epi32(sum, acc);
+        }
+        sum
+    }
+    // SAFETY: this table is handed out only where `available`.
+    std::hint::black_box(unsafe { inner(steps) });
+    steps * 12 * 2 * 64
 }

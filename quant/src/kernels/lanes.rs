@@ -5,6 +5,9 @@ use crate::ops::Activation;
 
 const LANES: usize = 16;
 
+/// See [`Lanes::rotate`].
+pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
+
 /// The compiled functions; see each one's plain version below.
 #[derive(Clone, Copy)]
 pub struct Lanes {
@@ -27,7 +30,7 @@ pub struct Lanes {
     /// `gate = act(gate) * up`
     pub gate: fn(Activation, &mut [f32], &[f32]),
     /// rotates pairs `(a[i], b[i])` by the angles whose cosines and sines are given
-    pub rotate: fn(&mut [f32], &mut [f32], &[f32], &[f32]),
+    pub rotate: Rotate,
     /// `x = cap * tanh(x / cap)`
     pub soft_cap: fn(f32, &mut [f32]),
     /// `out[i] = q . keys[i]` for the rows of `keys`
@@ -267,6 +270,7 @@ pub fn mix(p: &[f32], values: &[f32], out: &mut [f32]) {
 }
 
 /// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
+#[cfg(target_arch = "x86_64")]
 macro_rules! compiled {
     ($features:literal, $path:path, ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {{
         #[target_feature(enable = $features)]
@@ -280,9 +284,11 @@ macro_rules! compiled {
         entry
     }};
 }
+#[cfg(target_arch = "x86_64")]
 pub(crate) use compiled;
 
 /// All of the functions above, compiled with the target features `$features`.
+#[cfg(target_arch = "x86_64")]
 macro_rules! compiled_lanes {
     ($features:literal) => {{
         use $crate::kernels::lanes::{self, Lanes, compiled};
@@ -306,6 +312,7 @@ macro_rules! compiled_lanes {
         }
     }};
 }
+#[cfg(target_arch = "x86_64")]
 pub(crate) use compiled_lanes;
 
 /// The functions above as the target's baseline compiles them.

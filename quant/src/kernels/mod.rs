@@ -255,6 +255,8 @@ pub struct Kernels {
     pub f16_to_f32: fn(src: &[u16], dst: &mut [f32]),
     /// f32 to f16 bits, round to nearest even.
     pub f32_to_f16: fn(src: &[f32], dst: &mut [u16]),
+    /// Keeps the unit that multiplies 8-bit integers busy for about so many steps and gives the number of operations.
+    pub peak_int8: Option<fn(steps: u64) -> u64>,
     /// Element-wise operations and short reductions, compiled for this instruction set.
     pub lanes: Lanes,
 }

@@ -22,6 +22,7 @@ pub(crate) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        peak_int8: None,
         lanes: lanes::PLAIN,
     }
 }
