@@ -334,7 +334,8 @@ fn forgotten_positions_leave_the_rest_as_if_they_had_never_been() {
         ("rope.scaling.original_context_length", Value::Unsigned(16)),
     ];
     let factors = llama3_factors(16, 10000.0, 8.0, 1.0, 4.0, 16.0);
-    let kinds: [(&str, &str, &[(&str, Value)], Option<&[f32]>); 4] = [
+    type Kind<'a> = (&'a str, &'a str, &'a [(&'a str, Value)], Option<&'a [f32]>);
+    let kinds: [Kind<'_>; 4] = [
         ("plain", "llama", &[], None),
         ("yarn", "llama", &yarn, None),
         ("factors", "llama", &[], Some(&factors)),
@@ -357,7 +358,7 @@ fn forgotten_positions_leave_the_rest_as_if_they_had_never_been() {
         assert!(distance(&got, want) < 1e-4, "{name}: off by {}", distance(&got, want));
         // Without the turn back it would be far off: the test would notice.
         engine.prompt(2, &ids, &mut |_| true).unwrap();
-        assert!(distance(&engine.step(&[(2, 9)]).unwrap().to_vec(), &got) > 1e-2, "{name}");
+        assert!(distance(engine.step(&[(2, 9)]).unwrap(), &got) > 1e-2, "{name}");
         assert!(engine.forget(0, 50..59).is_err());
         assert!(engine.forget(0, 5..5).is_ok());
     }
