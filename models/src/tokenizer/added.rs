@@ -119,7 +119,8 @@ impl Matcher {
     pub fn find_special(&self, text: &str) -> Option<usize> {
         let bytes = text.as_bytes();
         (0..bytes.len()).find(|&at| {
-            self.first.get(usize::from(bytes[at])) == Some(&true) && self.longest(&bytes[at..], &|t| t.special).is_some()
+            self.first.get(usize::from(bytes[at])) == Some(&true)
+                && self.longest(&bytes[at..], &|t| t.special).is_some()
         })
     }
 

@@ -90,8 +90,10 @@ fn add_tokens(tokenizer: &mut Tokenizer, config: &Value, path: &Path) -> Result<
         let mut token: json::AddedToken = serde_json::from_value(token.clone()).map_err(|e| bad(e.to_string()))?;
         token.id = id.parse().map_err(|_| bad(format!("{id:?} is not a token id")))?;
         token.normalized = false;
-        if !listed.contains(&token.id) {
-            marks.extend(json::add(&mut tokenizer.vocabulary, token, false).map_err(|e| bad(e.to_string()))?);
+        if !listed.contains(&token.id) && !token.content.is_empty() {
+            let id = token.id;
+            tokenizer.vocabulary.rename(id, &token.content, token.kind()).map_err(|e| bad(e.to_string()))?;
+            marks.push(Added { native: false, ..token.at(id) });
         }
     }
     tokenizer.marks = Matcher::new(marks);

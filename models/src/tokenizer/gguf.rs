@@ -1,7 +1,7 @@
 //! Tokenizers from the metadata of GGUF files.
 
 use super::added::{Added, Matcher};
-use super::bpe::{self, Bpe, Order};
+use super::bpe::{self, Bpe, Merges, Order};
 use super::charsmap::Charsmap;
 use super::pre;
 use super::sentencepiece::Whitespace;
@@ -18,10 +18,16 @@ use std::path::Path;
 pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
     let bad = |what: String| Error::file(path, what);
     let Some(model) = metadata.str("tokenizer.ggml.model") else {
-        return Err(bad("holds no tokenizer (tokenizer.ggml.model); convert the model again with its vocabulary".into()));
+        return Err(bad(
+            "holds no tokenizer (tokenizer.ggml.model); convert the model again with its vocabulary".into()
+        ));
     };
     if !matches!(model, "gpt2" | "llama" | "t5" | "gemma4") {
-        let kind = if model == "bert" { "'bert' (WordPiece, for models that embed text)".into() } else { format!("{model:?}") };
+        let kind = if model == "bert" {
+            "'bert' (WordPiece, for models that embed text)".into()
+        } else {
+            format!("{model:?}")
+        };
         return Err(bad(format!("tokenizer.ggml.model is {kind}; only gpt2, llama and t5 are supported")));
     }
     let vocabulary = vocabulary(metadata, path)?;
@@ -46,9 +52,13 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
     match model {
         "gpt2" if !matches!(pre_name, "gemma4") => {
             let pre = pre::find(pre_name).ok_or_else(|| {
-                bad(format!("unknown tokenizer.ggml.pre {pre_name:?}; known are {}; a newer version may know it", pre::names()))
+                bad(format!(
+                    "unknown tokenizer.ggml.pre {pre_name:?}; known are {}; a newer version may know it",
+                    pre::names()
+                ))
             })?;
-            let words = Words::new(pre.patterns, pre.compose).map_err(|e| bad(format!("pattern of {pre_name:?}: {e}")))?;
+            let words =
+                Words::new(pre.patterns, pre.compose).map_err(|e| bad(format!("pattern of {pre_name:?}: {e}")))?;
             let bpe = Bpe {
                 order: Order::Merges(merges(metadata, &vocabulary).map_err(&bad)?),
                 bytes: None,
@@ -73,7 +83,10 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
         }
         _ => {
             let unigram = model == "t5";
-            (bos, eos) = (bos.or((!unigram && vocabulary.len() > 2).then_some(1)), eos.or((vocabulary.len() > 2).then_some(if unigram { 1 } else { 2 })));
+            (bos, eos) = (
+                bos.or((!unigram && vocabulary.len() > 2).then_some(1)),
+                eos.or((vocabulary.len() > 2).then_some(if unigram { 1 } else { 2 })),
+            );
             let scores = metadata.array("tokenizer.ggml.scores").map(|a| a.floats()).unwrap_or_default();
             if scores.len() != vocabulary.len() {
                 let what = format!("{} scores for {} tokens (tokenizer.ggml.scores)", scores.len(), vocabulary.len());
@@ -86,7 +99,8 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
                 escape: true,
             };
             prefix_space = whitespace.add_prefix;
-            let unknown = unknown.or_else(|| (0..vocabulary.len() as u32).find(|&id| vocabulary.kind(id) == Kind::Unknown));
+            let unknown =
+                unknown.or_else(|| (0..vocabulary.len() as u32).find(|&id| vocabulary.kind(id) == Kind::Unknown));
             let model = if unigram {
                 let scores = scores.into_iter().map(f64::from).collect();
                 Model::Unigram(Unigram::new(&vocabulary, scores, unknown, true))
@@ -143,7 +157,9 @@ fn vocabulary(metadata: &Metadata, path: &Path) -> Result<Vocabulary> {
         let kind = match types.as_mut().and_then(|t| t.next()) {
             // 0 is "undefined" in GGUF.
             None | Some(0) => Kind::Normal,
-            Some(n) => Kind::from_number(n).ok_or_else(|| bad(format!("token {id} {piece:?} has the unknown type {n}")))?,
+            Some(n) => {
+                Kind::from_number(n).ok_or_else(|| bad(format!("token {id} {piece:?} has the unknown type {n}")))?
+            }
         };
         if kind == Kind::Byte && byte_of(piece).is_none() {
             let what = format!("token {id} is a byte token but spelled {piece:?}");
@@ -153,8 +169,6 @@ fn vocabulary(metadata: &Metadata, path: &Path) -> Result<Vocabulary> {
     }
     Ok(vocabulary)
 }
-
-type Merges = std::collections::HashMap<(u32, u32), (u32, u32)>;
 
 fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Merges, String> {
     let merges = metadata.array("tokenizer.ggml.merges");

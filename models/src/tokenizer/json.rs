@@ -195,7 +195,9 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let file: File = serde_json::from_slice(bytes).map_err(|e| bad(format!("not a tokenizer: {e}")))?;
     let kind = file.model.kind.as_deref().unwrap_or(if file.model.vocab.scored { "Unigram" } else { "BPE" });
     if !matches!(kind, "BPE" | "Unigram") {
-        let what = format!("its model is {kind:?}; only BPE and Unigram are supported (WordPiece is for models that embed text)");
+        let what = format!(
+            "its model is {kind:?}; only BPE and Unigram are supported (WordPiece is for models that embed text)"
+        );
         return Err(Error::file(path, what));
     }
     let affixes = [&file.model.continuing_subword_prefix, &file.model.end_of_word_suffix];
@@ -246,7 +248,7 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
 
     let mut added = Vec::new();
     for token in file.added_tokens {
-        added.extend(add(&mut vocabulary, token, true).map_err(|e| bad(e.to_string()))?);
+        added.extend(add(&mut vocabulary, token).map_err(|e| bad(e.to_string()))?);
     }
     let (pipeline, marks) = pipeline(&file.normalizer, &file.pre_tokenizer, model, added).map_err(|e| {
         Error::file(path, format!("{e}; the `tokenizers` library refuses this file too, or it is damaged"))
@@ -269,26 +271,40 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
 }
 
 /// Gives an added token its place in the vocabulary. `None` for an empty one.
-pub fn add(vocabulary: &mut Vocabulary, token: AddedToken, native: bool) -> Result<Option<Added>> {
+fn add(vocabulary: &mut Vocabulary, token: AddedToken) -> Result<Option<Added>> {
     if token.content.is_empty() {
         return Ok(None);
     }
-    let kind = if token.special { Kind::Control } else { Kind::UserDefined };
     let id = vocabulary.id(&token.content).unwrap_or(token.id);
-    if !vocabulary.set(id, &token.content, kind)? {
+    if !vocabulary.set(id, &token.content, token.kind())? {
         let other = vocabulary.piece(id).unwrap_or_default();
-        return Err(Error::model(format!("the added token {:?} has the id {id} of the token {other:?}", token.content)));
+        return Err(Error::model(format!(
+            "the added token {:?} has the id {id} of the token {other:?}",
+            token.content
+        )));
     }
-    Ok(Some(Added {
-        id,
-        content: token.content,
-        special: token.special,
-        native,
-        single_word: token.single_word,
-        lstrip: token.lstrip,
-        rstrip: token.rstrip,
-        normalized: token.normalized,
-    }))
+    Ok(Some(token.at(id)))
+}
+
+impl AddedToken {
+    /// What the vocabulary counts it as.
+    pub fn kind(&self) -> Kind {
+        if self.special { Kind::Control } else { Kind::UserDefined }
+    }
+
+    /// The same as the matcher takes it.
+    pub fn at(self, id: u32) -> Added {
+        Added {
+            id,
+            content: self.content,
+            special: self.special,
+            native: true,
+            single_word: self.single_word,
+            lstrip: self.lstrip,
+            rstrip: self.rstrip,
+            normalized: self.normalized,
+        }
+    }
 }
 
 fn vocabulary(pieces: &Pieces) -> Result<(Vocabulary, Vec<f64>), String> {
@@ -355,7 +371,12 @@ fn template_marks(processor: &Value) -> (Option<&str>, Option<&str>) {
 }
 
 /// The pipeline, and the tokens that are looked for in raw text.
-fn pipeline(normalizer: &Value, pre_tokenizer: &Value, model: Model, added: Vec<Added>) -> Result<(Pipeline, Matcher), String> {
+fn pipeline(
+    normalizer: &Value,
+    pre_tokenizer: &Value,
+    model: Model,
+    added: Vec<Added>,
+) -> Result<(Pipeline, Matcher), String> {
     let model = match (patterns(normalizer, pre_tokenizer), model) {
         (Some((patterns, compose)), Model::Bpe(bpe)) if bpe.bytes.is_none() => {
             let words = Words::new(&patterns, compose)?;
@@ -381,7 +402,8 @@ fn pipeline(normalizer: &Value, pre_tokenizer: &Value, model: Model, added: Vec<
             if steps(value, "pretokenizers").iter().any(|s| s["type"] == "FixedLength" && s["length"] == 0) {
                 return Err("pre_tokenizer: words of length 0".into());
             }
-            let p: PreTokenizerWrapper = serde_json::from_value(value.clone()).map_err(|e| format!("pre_tokenizer: {e}"))?;
+            let p: PreTokenizerWrapper =
+                serde_json::from_value(value.clone()).map_err(|e| format!("pre_tokenizer: {e}"))?;
             Some(Box::new(p))
         }
     };

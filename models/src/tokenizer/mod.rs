@@ -230,7 +230,9 @@ impl Tokenizer {
         for n in normalizers {
             n.normalize(&mut piece).map_err(library)?;
             if piece.len() > most {
-                return Err(Error::model("tokenizing: the normaliser blows the text up; tokenizer.json must be broken"));
+                return Err(Error::model(
+                    "tokenizing: the normaliser blows the text up; tokenizer.json must be broken",
+                ));
             }
         }
         let mut pre = PreTokenizedString::from(piece);
@@ -241,14 +243,17 @@ impl Tokenizer {
                     s.convert_offsets(Span::Normalized(r)).map_or(0..0, |r| start + r.start..start + r.end)
                 };
                 let cuts = normalized.cut(s.get(), &|t, r| want(t, at(r)));
-                Ok(cuts.into_iter().filter_map(|cut| {
-                    let (id, range) = match cut {
-                        Cut::Token(id, range) => (Some(id), range),
-                        Cut::Text(range) => (None, range),
-                    };
-                    let token = id.map(|id| vec![tokenizers::Token::new(id, String::new(), (0, range.len()))]);
-                    s.slice(Span::Normalized(range)).map(|s| (s, token))
-                }).collect::<Vec<_>>())
+                Ok(cuts
+                    .into_iter()
+                    .filter_map(|cut| {
+                        let (id, range) = match cut {
+                            Cut::Token(id, range) => (Some(id), range),
+                            Cut::Text(range) => (None, range),
+                        };
+                        let token = id.map(|id| vec![tokenizers::Token::new(id, String::new(), (0, range.len()))]);
+                        s.slice(Span::Normalized(range)).map(|s| (s, token))
+                    })
+                    .collect::<Vec<_>>())
             })
             .map_err(library)?;
         }

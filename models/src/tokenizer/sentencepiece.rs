@@ -96,9 +96,10 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Model> {
                         }
                         (2, Field::Four(b)) => score = f32::from_le_bytes(b),
                         (3, Field::Varint(v)) => {
-                            kind = i64::try_from(v).ok().and_then(Kind::from_number).ok_or_else(|| {
-                                bad(format!("piece {} has the unknown type {v}", vocabulary.len()))
-                            })?;
+                            kind = i64::try_from(v)
+                                .ok()
+                                .and_then(Kind::from_number)
+                                .ok_or_else(|| bad(format!("piece {} has the unknown type {v}", vocabulary.len())))?;
                         }
                         _ => {}
                     }
@@ -149,7 +150,10 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Model> {
         2 => false,
         other => {
             let name = if other == 3 { "word" } else { "character" };
-            return Err(Error::file(path, format!("SentencePiece {name} models are not supported, only BPE and unigram")));
+            return Err(Error::file(
+                path,
+                format!("SentencePiece {name} models are not supported, only BPE and unigram"),
+            ));
         }
     };
     let within = |id: i32| u32::try_from(id).ok().filter(|&id| (id as usize) < vocabulary.len());

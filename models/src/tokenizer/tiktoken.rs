@@ -27,8 +27,8 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let text = std::str::from_utf8(bytes).map_err(|_| bad("not a tiktoken file (not UTF-8)".into()))?;
     let mut vocabulary = Vocabulary::with_capacity((bytes.len() / 12).min(MAX_IDS), bytes.len());
     for (n, line) in text.lines().enumerate().filter(|(_, l)| !l.is_empty()) {
-        let (token, rank) = parse_line(line)
-            .ok_or_else(|| bad(format!("line {} is not a token in base64 and its rank", n + 1)))?;
+        let (token, rank) =
+            parse_line(line).ok_or_else(|| bad(format!("line {} is not a token in base64 and its rank", n + 1)))?;
         if rank != vocabulary.len() {
             return Err(bad(format!("line {} has the rank {rank} where {} was expected", n + 1, vocabulary.len())));
         }

@@ -73,7 +73,9 @@ impl Unigram {
             match b.id {
                 Some(id) => out.push(id),
                 None => match &self.bytes {
-                    Some(bytes) => out.extend(text.as_bytes()[b.start..end].iter().rev().map(|&x| bytes[usize::from(x)])),
+                    Some(bytes) => {
+                        out.extend(text.as_bytes()[b.start..end].iter().rev().map(|&x| bytes[usize::from(x)]))
+                    }
                     None if run == Some(end) => {}
                     None => out.extend(self.unknown),
                 },

@@ -37,7 +37,12 @@ impl ChatTemplate {
     }
 
     /// The rendered text, and the places (byte offsets) that no mark may reach across.
-    fn render_safely(&self, marks: &Matcher, messages: &[Value], options: &RenderOptions) -> Result<(String, Vec<usize>)> {
+    fn render_safely(
+        &self,
+        marks: &Matcher,
+        messages: &[Value],
+        options: &RenderOptions,
+    ) -> Result<(String, Vec<usize>)> {
         let plain = self.render(messages, options)?;
         let taken = |c: &char| plain.contains(*c) || messages.iter().any(|m| contains(m, *c));
         let splinter = SPLINTERS.into_iter().find(|c| !taken(c)).unwrap_or(SPLINTERS[0]);

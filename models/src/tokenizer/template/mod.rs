@@ -56,9 +56,8 @@ impl ChatTemplate {
             match &config["chat_template"] {
                 Value::String(source) => return ChatTemplate::compile(&shown, source, None).map(Some),
                 Value::Array(list) => {
-                    let named = |wanted: &str| {
-                        list.iter().find(|t| t["name"] == wanted).and_then(|t| t["template"].as_str())
-                    };
+                    let named =
+                        |wanted: &str| list.iter().find(|t| t["name"] == wanted).and_then(|t| t["template"].as_str());
                     let first = list.first().and_then(|t| t["template"].as_str());
                     if let Some(source) = named("default").or(first) {
                         return ChatTemplate::compile(&shown, source, named("tool_use")).map(Some);
@@ -113,9 +112,9 @@ impl ChatTemplate {
             if source.len() > LONGEST {
                 return Err(Error::model(format!("{name}: a chat template of {} bytes cannot be right", source.len())));
             }
-            environment
-                .add_template_owned(key, environment::without_generation_marks(source))
-                .map_err(|e| Error::model(format!("{name}: the chat template does not compile: {}", environment::tell(&e))))?;
+            environment.add_template_owned(key, environment::adapt(source)).map_err(|e| {
+                Error::model(format!("{name}: the chat template does not compile: {}", environment::tell(&e)))
+            })?;
         }
         Ok(ChatTemplate { name: name.into(), environment, for_tools: for_tools.is_some() })
     }
