@@ -1,1 +1,9 @@
-//! x
+//! Quantize, chat with and train language models on an ordinary computer.
+//!
+//! See `docs/architecture.md`.
+
+pub mod cli;
+pub mod engine;
+#[cfg(feature = "hub")]
+pub mod pull;
+pub mod store;

@@ -1,1 +1,5 @@
-fn main(){}
+//! The `rushlight` command.
+
+fn main() -> std::process::ExitCode {
+    rushlight::cli::main()
+}

@@ -27,15 +27,44 @@ pub enum Error {
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Longest message, in bytes.
+const MAX_MESSAGE: usize = 1000;
+
+/// `text` as one line of bounded length that does nothing to a terminal.
+fn one_line(mut text: String) -> String {
+    if text.contains(char::is_control) {
+        let mut escaped = String::with_capacity(text.len());
+        for c in text.chars() {
+            match c.is_control() {
+                true => escaped.extend(c.escape_default()),
+                false => escaped.push(c),
+            }
+        }
+        text = escaped;
+    }
+    if text.len() > MAX_MESSAGE {
+        text = text
+            .chars()
+            .scan(0, |len, c| {
+                *len += c.len_utf8();
+                (*len <= MAX_MESSAGE).then_some(c)
+            })
+            .collect();
+        text.push('…');
+    }
+    text
+}
+
 impl Error {
     /// The operating system refused `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io { path: path.into(), source }
     }
 
-    /// The contents of `path` are wrong: `what` says how and what to do.
+    /// The contents of `path` are wrong: `what` says how and what to do. It may quote the file: control characters are
+    /// escaped, and what is too long to read is cut.
     pub fn file(path: impl Into<PathBuf>, what: impl Into<String>) -> Self {
-        Error::File { path: path.into(), what: what.into() }
+        Error::File { path: path.into(), what: one_line(what.into()) }
     }
 
     /// The model cannot be used as asked: `what` says why and what to do.

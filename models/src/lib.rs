@@ -2,8 +2,15 @@
 //!
 //! See `docs/architecture.md`.
 
+pub mod adapter;
+pub mod backend;
 pub mod checkpoint;
+pub mod decoder;
 mod error;
+pub mod families;
+pub mod model;
+pub mod rope;
+pub mod spec;
 pub mod tokenizer;
 
 pub use error::{Error, Result};

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Show the tokens of a text, or a conversation as a chat template lays it out.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Clone, Debug)]
 pub struct TokenizeArgs {
     /// A `.gguf` file or a directory; one that holds only a tokenizer will do
     pub model: Option<String>,

@@ -12,9 +12,9 @@ use std::path::{Component, Path};
 const MAX_CONFIG: u64 = 16 << 20;
 const MAX_INDEX_FILE: u64 = 32 << 20;
 /// Most values in a configuration, so that a small file cannot become a large tree. Real ones have hundreds.
-const MAX_VALUES: usize = 400_000;
+const MAX_VALUES: usize = 100_000;
 /// Most tensors that an index may place, and most shards.
-const MAX_INDEX: usize = 500_000;
+const MAX_INDEX: usize = 300_000;
 const MAX_SHARDS: usize = 10_000;
 
 /// Opens the directory `dir`.
@@ -27,11 +27,11 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let generation_path = dir.join("generation_config.json");
     let generation_config = if generation_path.exists() { Some(read_config(&generation_path)?) } else { None };
 
-    let (mut tensors, mut raw) = (Vec::new(), Vec::new());
+    let mut files = Vec::new();
     let (single, index_path) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
     if single.exists() {
         let file = safetensors::open(&single)?;
-        (tensors, raw) = (file.tensors, file.raw);
+        files.push((file.tensors, file.raw));
     } else if index_path.exists() {
         let index = parse_index(&read(&index_path, MAX_INDEX_FILE)?, &index_path)?;
         let mut seen = vec![false; index.tensors.len()];
@@ -61,8 +61,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
                 };
                 seen[i] = true;
             }
-            tensors.extend(file.tensors);
-            raw.extend(file.raw);
+            files.push((file.tensors, file.raw));
         }
         if let Some(i) = seen.iter().position(|seen| !seen) {
             let (name, shard) = &index.tensors[i];
@@ -76,7 +75,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     } else {
         return Err(Error::file(dir, without_weights(dir)));
     }
-    Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, tensors, raw)
+    Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)
 }
 
 /// Reads a JSON object such as `config.json`.

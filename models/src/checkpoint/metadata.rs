@@ -72,6 +72,30 @@ pub struct Array {
 }
 
 impl Array {
+    /// An array of strings.
+    pub fn of_strings<S: AsRef<str>>(items: impl IntoIterator<Item = S>) -> Array {
+        let (mut data, mut count) = (Vec::new(), 0);
+        for item in items {
+            let text = item.as_ref();
+            data.extend((text.len() as u64).to_le_bytes());
+            data.extend(text.as_bytes());
+            count += 1;
+        }
+        Array { kind: ValueType::String, count, data: Bytes::new(data) }
+    }
+
+    /// An array of 32-bit integers.
+    pub fn of_i32(items: &[i32]) -> Array {
+        let data: Vec<u8> = items.iter().flat_map(|i| i.to_le_bytes()).collect();
+        Array { kind: ValueType::I32, count: items.len(), data: Bytes::new(data) }
+    }
+
+    /// An array of 32-bit floats.
+    pub fn of_f32(items: &[f32]) -> Array {
+        let data: Vec<u8> = items.iter().flat_map(|f| f.to_le_bytes()).collect();
+        Array { kind: ValueType::F32, count: items.len(), data: Bytes::new(data) }
+    }
+
     /// The strings; empty when the elements are not strings.
     pub fn strings(&self) -> impl Iterator<Item = &str> {
         let mut rest: &[u8] = if self.kind == ValueType::String { &self.data } else { &[] };

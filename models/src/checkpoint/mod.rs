@@ -18,9 +18,9 @@ use crate::{Error, Result};
 use rushlight_quant::formats::Format;
 use std::path::{Path, PathBuf};
 
-/// Most tensors that one file may hold: twice what the largest models published have, and few enough that a list of
-/// them stays small.
-const MAX_TENSORS: usize = 250_000;
+/// Most tensors that one file may hold: more than the largest published models have in all, and few enough that a list
+/// of them stays small.
+const MAX_TENSORS: usize = 100_000;
 
 /// A tensor's name, format and shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,12 +99,29 @@ impl Checkpoint {
     /// Opens a `.gguf` file (the first of a split set opens the set) or a Hugging Face directory.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let about = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if about.is_dir() { huggingface::open(path) } else { gguf::open(path) }
+        if about.is_dir() {
+            return huggingface::open(path);
+        }
+        match path.extension().and_then(|ext| ext.to_str()) {
+            Some("safetensors" | "json") => {
+                Err(Error::file(path, "a part of a Hugging Face model: name the directory that holds it"))
+            }
+            _ => gguf::open(path),
+        }
     }
 
-    /// Puts the parts together; `tensors` in file order. Fails on a name that comes twice.
-    fn new(path: &Path, kind: Kind, tensors: Vec<Tensor>, raw: Vec<RawTensor>) -> Result<Checkpoint> {
-        let (infos, data): (Vec<_>, Vec<_>) = tensors.into_iter().map(|t| (t.info, t.data)).unzip();
+    /// Puts together what `files` hold, each in file order. Fails on a name that comes twice.
+    fn new(path: &Path, kind: Kind, files: Vec<(Vec<Tensor>, Vec<RawTensor>)>) -> Result<Checkpoint> {
+        let total = files.iter().map(|(tensors, _)| tensors.len()).sum();
+        let (mut infos, mut data) = (Vec::with_capacity(total), Vec::with_capacity(total));
+        let mut raw = Vec::with_capacity(files.iter().map(|(_, raw)| raw.len()).sum());
+        for (tensors, more) in files {
+            for tensor in tensors {
+                infos.push(tensor.info);
+                data.push(tensor.data);
+            }
+            raw.extend(more);
+        }
         let by_name = index_by_name(&infos, |t| &t.name)
             .map_err(|name| Error::file(path, format!("tensor '{name}' comes twice: the file is corrupt")))?;
         if let Err(name) = index_by_name(&raw, |t| &t.name) {

@@ -65,24 +65,29 @@ pub fn parse(file: Bytes, path: &Path) -> Result<Safetensors> {
     header.tensors.sort_unstable_by(|a, b| (a.begin, a.end, &a.name).cmp(&(b.begin, b.end, &b.name)));
     check_layout(&header.tensors, start, file.len()).map_err(error)?;
 
-    let mut found = Safetensors { metadata: header.metadata, tensors: Vec::new(), raw: Vec::new() };
+    let known = header.tensors.iter().filter(|t| format(t.dtype).is_some()).count();
+    let (mut tensors, mut raw) = (Vec::with_capacity(known), Vec::with_capacity(header.tensors.len() - known));
     for Described { name, dtype, shape, begin, end } in header.tensors {
         // Within the file, so within usize.
         let Some(data) = file.slice(start + begin as usize..start + end as usize) else {
             return Err(error(format!("tensor '{name}' lies outside the file")));
         };
-        let format = match dtype {
-            "F32" => Some(Format::F32),
-            "F16" => Some(Format::F16),
-            "BF16" => Some(Format::BF16),
-            _ => None,
-        };
-        match format {
-            Some(format) => found.tensors.push(Tensor { info: TensorInfo { name, format, shape }, data }),
-            None => found.raw.push(RawTensor { name, dtype: dtype.to_owned(), shape, data }),
+        match format(dtype) {
+            Some(format) => tensors.push(Tensor { info: TensorInfo { name, format, shape }, data }),
+            None => raw.push(RawTensor { name, dtype: dtype.to_owned(), shape, data }),
         }
     }
-    Ok(found)
+    Ok(Safetensors { metadata: header.metadata, tensors, raw })
+}
+
+/// The format that `dtype` is; `None` where it is no format for weights.
+fn format(dtype: &str) -> Option<Format> {
+    match dtype {
+        "F32" => Some(Format::F32),
+        "F16" => Some(Format::F16),
+        "BF16" => Some(Format::BF16),
+        _ => None,
+    }
 }
 
 /// Checks that the tensors, sorted by offset, follow one another from the start of the data at `start` to the end of
@@ -202,14 +207,15 @@ impl<'de> Deserialize<'de> for Dims {
                 write!(f, "at most {MAX_DIMS} dimensions")
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Dims, A::Error> {
-                let mut dims = Vec::new();
+                let (mut dims, mut count) = ([0; MAX_DIMS], 0);
                 while let Some(dim) = seq.next_element()? {
-                    if dims.len() == MAX_DIMS {
-                        return Err(A::Error::invalid_length(dims.len() + 1, &self));
+                    if count == MAX_DIMS {
+                        return Err(A::Error::invalid_length(count + 1, &self));
                     }
-                    dims.push(dim);
+                    dims[count] = dim;
+                    count += 1;
                 }
-                Ok(Dims(dims))
+                Ok(Dims(dims[..count].to_vec()))
             }
         }
         deserializer.deserialize_seq(Shape)

@@ -1,4 +1,21 @@
 //! Block formats: how a run of weights is laid out in bytes, and what it decodes to.
+//!
+//! Every block format stores integer codes and, for each 16 or 32 of them, a scale and perhaps a minimum. [`Group`] is
+//! that common ground: kernels are written once over [`BlockFormat`] and [`Format::visit`] picks the instance.
+
+mod block;
+mod float;
+mod iq4;
+mod kquants;
+mod legacy;
+mod mxfp4;
+
+pub use block::{BlockFormat, Group, GroupIter, Visitor, decode_blocks, groups};
+pub use float::{bf16_to_f32, f16_to_f32};
+pub use iq4::{IQ4_NL, IQ4_TABLE, IQ4_XS};
+pub use kquants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};
+pub use legacy::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+pub use mxfp4::{MXFP4, e8m0_half};
 
 /// The storage format of a tensor. Rows are stored one after another, each a whole number of blocks.
 #[allow(non_camel_case_types)]

@@ -73,53 +73,63 @@ impl<'a> Cursor<'a> {
         Ok(name)
     }
 
-    /// The metadata type that follows.
-    pub fn value_type(&mut self, key: &str) -> Result<ValueType> {
-        let n = self.u32(key)?;
+    /// The metadata type that follows; `what` says of which entry.
+    pub fn value_type(&mut self, what: &str) -> Result<ValueType> {
+        let n = self.u32(what)?;
         ValueType::from_number(n).ok_or_else(|| {
-            self.error(format!("metadata '{key}' has the unknown type {n}: the file is corrupt, download it again"))
+            self.error(format!("{what} has the unknown type {n}: the file is corrupt, download it again"))
         })
     }
 
-    /// The value of `key`, of type `kind`.
-    pub fn value(&mut self, key: &str, kind: ValueType) -> Result<Value> {
+    /// The value, of type `kind`, that follows; `what` says of which entry.
+    pub fn value(&mut self, what: &str, kind: ValueType) -> Result<Value> {
         use ValueType::*;
         Ok(match kind {
-            U8 => Value::Unsigned(u8::from_le_bytes(self.array(key)?).into()),
-            U16 => Value::Unsigned(u16::from_le_bytes(self.array(key)?).into()),
-            U32 => Value::Unsigned(u32::from_le_bytes(self.array(key)?).into()),
-            U64 => Value::Unsigned(u64::from_le_bytes(self.array(key)?)),
-            I8 => Value::Signed(i8::from_le_bytes(self.array(key)?).into()),
-            I16 => Value::Signed(i16::from_le_bytes(self.array(key)?).into()),
-            I32 => Value::Signed(i32::from_le_bytes(self.array(key)?).into()),
-            I64 => Value::Signed(i64::from_le_bytes(self.array(key)?)),
-            F32 => Value::Float(f32::from_le_bytes(self.array(key)?).into()),
-            F64 => Value::Float(f64::from_le_bytes(self.array(key)?)),
-            Bool => Value::Bool(self.array::<1>(key)? != [0]),
-            String => Value::String(self.string(key)?),
-            Array => Value::Array(self.elements(key)?),
+            U8 => Value::Unsigned(u8::from_le_bytes(self.array(what)?).into()),
+            U16 => Value::Unsigned(u16::from_le_bytes(self.array(what)?).into()),
+            U32 => Value::Unsigned(u32::from_le_bytes(self.array(what)?).into()),
+            U64 => Value::Unsigned(u64::from_le_bytes(self.array(what)?)),
+            I8 => Value::Signed(i8::from_le_bytes(self.array(what)?).into()),
+            I16 => Value::Signed(i16::from_le_bytes(self.array(what)?).into()),
+            I32 => Value::Signed(i32::from_le_bytes(self.array(what)?).into()),
+            I64 => Value::Signed(i64::from_le_bytes(self.array(what)?)),
+            F32 => Value::Float(f32::from_le_bytes(self.array(what)?).into()),
+            F64 => Value::Float(f64::from_le_bytes(self.array(what)?)),
+            Bool => Value::Bool(self.array::<1>(what)? != [0]),
+            String => Value::String(self.string(what)?),
+            Array => Value::Array(self.elements(what)?),
         })
     }
 
-    /// The array called `key`, left where it is.
-    fn elements(&mut self, key: &str) -> Result<Array> {
-        let kind = self.value_type(key)?;
+    /// An array, left where it is.
+    fn elements(&mut self, what: &str) -> Result<Array> {
+        let kind = self.value_type(what)?;
         if kind == ValueType::Array {
-            return Err(self.error(format!("metadata '{key}' is an array of arrays, which GGUF models do not use")));
+            return Err(self.error(format!("{what} is an array of arrays, which GGUF models do not use")));
         }
-        let count = self.u64(key)?;
+        let count = self.u64(what)?;
         let start = self.at;
         // The least that `count` elements take, so that a lie about the count is found before anything is walked.
-        let least = count.checked_mul(kind.size().unwrap_or(8) as u64).unwrap_or(u64::MAX);
-        let mut data = self.take(least, key)?;
+        let least = count.saturating_mul(kind.size().unwrap_or(8) as u64);
+        let mut data = self.take(least, what)?;
         if kind == ValueType::String {
             self.at = start;
+            // Vocabularies have hundreds of thousands of strings: they are walked as one slice.
+            let file: &[u8] = self.file;
             for _ in 0..count {
-                let len = self.u64(key)?;
-                let text = self.take(len, key)?;
-                if std::str::from_utf8(&text).is_err() {
-                    return Err(self.error(format!("metadata '{key}' holds a string that is not UTF-8")));
+                let text = file[self.at..]
+                    .split_first_chunk::<8>()
+                    .and_then(|(len, rest)| rest.get(..usize::try_from(u64::from_le_bytes(*len)).ok()?));
+                let Some(text) = text else {
+                    // Says what is missing.
+                    let len = self.u64(what)?;
+                    self.take(len, what)?;
+                    return Err(self.error(format!("{what} is corrupt")));
+                };
+                if std::str::from_utf8(text).is_err() {
+                    return Err(self.error(format!("{what} holds a string that is not UTF-8")));
                 }
+                self.at += 8 + text.len();
             }
             data = self.file.slice(start..self.at).unwrap_or(data);
         }

@@ -35,7 +35,7 @@ pub struct Gguf {
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let mut file = parse(map::map(path)?, path)?;
     split::gather(path, &mut file)?;
-    Checkpoint::new(path, Kind::Gguf(file.metadata), file.tensors, Vec::new())
+    Checkpoint::new(path, Kind::Gguf(file.metadata), vec![(file.tensors, Vec::new())])
 }
 
 /// The metadata of the file at `path`. Its tensors are not looked at: they may be missing (a vocabulary alone), or of
@@ -115,8 +115,9 @@ fn read_metadata_entries(cursor: &mut Cursor, count: u64) -> Result<(Metadata, u
     let mut alignment = DEFAULT_ALIGNMENT;
     for _ in 0..count {
         let key = cursor.name("a metadata key")?;
-        let kind = cursor.value_type(&key)?;
-        let value = cursor.value(&key, kind)?;
+        let what = format!("metadata '{key}'");
+        let kind = cursor.value_type(&what)?;
+        let value = cursor.value(&what, kind)?;
         let key_is_alignment = key == "general.alignment";
         if metadata.0.contains_key(&key) {
             return Err(cursor.error(format!("metadata '{key}' comes twice: the file is corrupt")));

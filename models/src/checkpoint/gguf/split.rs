@@ -1,7 +1,7 @@
 //! Models split over several GGUF files, `name-00001-of-00003.gguf` and so on.
 
 use super::{Gguf, map, parse};
-use crate::checkpoint::Metadata;
+use crate::checkpoint::{MAX_TENSORS, Metadata};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -49,6 +49,9 @@ pub(super) fn gather(path: &Path, first: &mut Gguf) -> Result<()> {
             ));
         }
         tensors.extend(part.tensors);
+        if tensors.len() > MAX_TENSORS {
+            return Err(Error::file(path, format!("the parts hold more than the {MAX_TENSORS} tensors allowed")));
+        }
     }
     match total {
         Some(total) if total != tensors.len() as u64 => Err(Error::file(

@@ -1,0 +1,198 @@
+//! GGUF metadata as families read it. Names are those of the GGUF specification, under the architecture's prefix.
+
+use super::config::{MOST_LAYERS, yarn_attention};
+use super::{Basics, GGUF_NAMES, Role};
+use crate::checkpoint::{Checkpoint, Metadata, Value};
+use crate::spec::{Mlp, ModelSpec, Norm, NormKind, Rope, RopeScaling};
+use crate::{Error, Result};
+use rushlight_quant::ops::{Activation, RopeLayout};
+
+/// The metadata of a GGUF file under its architecture's prefix.
+pub struct Keys<'a> {
+    checkpoint: &'a Checkpoint,
+    metadata: &'a Metadata,
+    architecture: &'a str,
+}
+
+impl<'a> Keys<'a> {
+    /// The keys `architecture.*` of `checkpoint`.
+    pub fn new(checkpoint: &'a Checkpoint, metadata: &'a Metadata, architecture: &'a str) -> Self {
+        Keys { checkpoint, metadata, architecture }
+    }
+
+    /// An error about this file.
+    pub fn error(&self, what: impl std::fmt::Display) -> Error {
+        Error::file(self.checkpoint.path(), what.to_string())
+    }
+
+    /// Whether the file has the tensor called `name`.
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.checkpoint.find(name).is_some()
+    }
+
+    /// Whether layer 0 (or the model) has a bias for `role`: GGUF says so by the tensor alone.
+    pub fn has_bias(&self, role: Role) -> bool {
+        let name = GGUF_NAMES.iter().find(|(r, _)| *r == role).map(|(_, name)| name.replacen("{}", "0", 1));
+        name.is_some_and(|name| self.has_tensor(&format!("{name}.bias")))
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    /// A value read by `get`, which gives `None` for a wrong type.
+    fn convert<T>(&self, name: &str, kind: &str, get: impl Fn(&str) -> Option<T>) -> Result<Option<T>> {
+        let key = self.key(name);
+        match (self.metadata.get(&key), get(&key)) {
+            (None, _) => Ok(None),
+            (Some(_), Some(x)) => Ok(Some(x)),
+            (Some(_), None) => Err(self.error(format!("the metadata value {key} is not {kind}"))),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        self.error(format!("the metadata value {} is missing", self.key(name)))
+    }
+
+    /// A count that may be absent. Lists of one value for each layer are taken where all are the same.
+    pub fn usize_opt(&self, name: &str) -> Result<Option<usize>> {
+        if let Some(list) = self.metadata.array(&self.key(name)) {
+            let mut all = list.ints();
+            let first = all.next().and_then(|n| usize::try_from(n).ok());
+            return match first {
+                Some(n) if all.all(|m| usize::try_from(m) == Ok(n)) => Ok(Some(n)),
+                _ => Err(self.error(format!(
+                    "{} differs from layer to layer, which is not supported for {}",
+                    self.key(name),
+                    self.architecture
+                ))),
+            };
+        }
+        self.convert(name, "a whole number", |key| self.metadata.u64(key).and_then(|n| usize::try_from(n).ok()))
+    }
+
+    /// A count.
+    pub fn usize(&self, name: &str) -> Result<usize> {
+        self.usize_opt(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    /// A number that may be absent.
+    pub fn f32_opt(&self, name: &str) -> Result<Option<f32>> {
+        self.convert(name, "a number", |key| self.metadata.f32(key))
+    }
+
+    /// A number.
+    pub fn f32(&self, name: &str) -> Result<f32> {
+        self.f32_opt(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    /// A string that may be absent.
+    pub fn str_opt(&self, name: &str) -> Result<Option<&'a str>> {
+        let key = self.key(name);
+        match self.metadata.get(&key) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(_) => Err(self.error(format!("the metadata value {key} is not a string"))),
+        }
+    }
+
+    /// The attention window, where there is one.
+    pub fn window(&self) -> Result<Option<usize>> {
+        Ok(self.usize_opt("attention.sliding_window")?.filter(|&n| n > 0))
+    }
+
+    /// The rotary embedding that the usual keys describe.
+    pub fn rope(&self, head_dim: usize, context_length: usize, layout: RopeLayout) -> Result<Rope> {
+        let theta = self.f32_opt("rope.freq_base")?.unwrap_or(10000.0);
+        let dim = self.usize_opt("rope.dimension_count")?.unwrap_or(head_dim);
+        let stored = self.has_tensor("rope_freqs.weight");
+        // Files older than rope.scaling.* have the inverse factor alone.
+        let factor = match self.f32_opt("rope.scaling.factor")? {
+            Some(factor) => Some(factor),
+            None => self.f32_opt("rope.scale_linear")?,
+        };
+        let kind = match self.str_opt("rope.scaling.type")? {
+            Some(kind) => kind,
+            None if factor.is_some_and(|f| f != 1.0) => "linear",
+            None => "none",
+        };
+        let scaling = match kind {
+            "none" if stored => RopeScaling::Stored,
+            "none" => RopeScaling::None,
+            "linear" | "yarn" if stored => {
+                return Err(self.error(format!("it has both rope_freqs.weight and rope.scaling.type = {kind}")));
+            }
+            "linear" => RopeScaling::Linear { factor: factor.ok_or_else(|| self.missing("rope.scaling.factor"))? },
+            "yarn" => {
+                let factor = factor.ok_or_else(|| self.missing("rope.scaling.factor"))?;
+                // The file's factor comes on top of YaRN's own.
+                let extra = match self.f32_opt("rope.scaling.attn_factor")? {
+                    Some(given) => given,
+                    None => self.f32_opt("rope.scaling.yarn_attn_factor")?.unwrap_or(1.0),
+                };
+                RopeScaling::Yarn {
+                    factor,
+                    beta_fast: self.f32_opt("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                    beta_slow: self.f32_opt("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+                    original_context: self.usize_opt("rope.scaling.original_context_length")?.unwrap_or(context_length),
+                    attention_factor: extra * yarn_attention(factor, 1.0),
+                    truncate: true,
+                }
+            }
+            other => {
+                return Err(self.error(format!(
+                    "the rope.scaling.type '{other}' is not supported; the supported ones are none, linear, yarn"
+                )));
+            }
+        };
+        Ok(Rope { theta, dim, layout, scaling })
+    }
+
+    /// What llama and most families after it have in common; what they differ in is changed by their own file.
+    pub fn decoder(&self, family: &'static str, layout: RopeLayout) -> Result<ModelSpec> {
+        let (hidden_size, heads) = (self.usize("embedding_length")?, self.usize("attention.head_count")?);
+        let head_dim = match self.usize_opt("attention.key_length")? {
+            Some(given) => given,
+            None => hidden_size.checked_div(heads).filter(|d| d * heads == hidden_size).ok_or_else(|| {
+                self.error(format!("embedding_length {hidden_size} is not a multiple of attention.head_count {heads}"))
+            })?,
+        };
+        let value_dim = self.usize_opt("attention.value_length")?.unwrap_or(head_dim);
+        if value_dim != head_dim {
+            return Err(self.error(format!(
+                "keys of {head_dim} and values of {value_dim} are not supported for {}",
+                self.architecture
+            )));
+        }
+        if self.usize_opt("expert_count")?.unwrap_or(0) > 0 {
+            return Err(self.error("mixtures of experts are not supported yet"));
+        }
+        let layers = self.usize("block_count")?;
+        if layers > MOST_LAYERS {
+            return Err(self.error(format!("block_count is {layers}; more than {MOST_LAYERS} are not believed")));
+        }
+        let embedding = self.checkpoint.find("token_embd.weight");
+        let rows = embedding.and_then(|t| t.shape.first().copied()).ok_or_else(|| {
+            self.error("it has no token_embd.weight: a vocabulary without a model, or an incomplete file")
+        })?;
+        let vocab_size = self.usize_opt("vocab_size")?.unwrap_or(rows);
+        let context_length = self.usize("context_length")?;
+        let eps = self.f32("attention.layer_norm_rms_epsilon")?;
+        let width = self.usize("feed_forward_length")?;
+        Ok(Basics {
+            family,
+            vocab_size,
+            hidden_size,
+            context_length,
+            heads,
+            kv_heads: self.usize_opt("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            layers,
+            mlp: Mlp { width, activation: Activation::Silu, gated: true },
+            norm: Norm { kind: NormKind::Rms, eps, weight_offset: 0.0 },
+            rope: self.rope(head_dim, context_length, layout)?,
+            tied_head: !self.has_tensor("output.weight"),
+        }
+        .spec())
+    }
+}

@@ -1,0 +1,37 @@
+//! Qwen 1.5, 2 and 2.5: llama with a bias on queries, keys and values.
+
+use super::{Config, Family, GGUF_NAMES, Gguf, IGNORED, Keys, NAMES};
+use crate::Result;
+use crate::spec::{Biases, ModelSpec};
+use rushlight_quant::ops::RopeLayout;
+
+pub(super) static FAMILY: Family = Family {
+    name: "qwen2",
+    model_types: &["qwen2"],
+    architectures: &["Qwen2ForCausalLM"],
+    from_config,
+    names: NAMES,
+    gguf: Some(GGUF),
+    ignored: IGNORED,
+};
+
+const GGUF: Gguf = Gguf { architecture: "qwen2", from_keys, names: GGUF_NAMES, reordered: false };
+const BIAS: Biases = Biases { qkv: true, output: false, up: false, down: false, head: false };
+
+fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = ModelSpec { bias: BIAS, ..config.decoder("qwen2")? };
+    if config.bool_or("use_sliding_window", false)? {
+        // The first layers see everything. The defaults are the reference implementation's.
+        let window = config.usize_opt("sliding_window")?.unwrap_or(4096);
+        let full = config.usize_opt("max_window_layers")?.unwrap_or(28);
+        let windows = config.windows(spec.layers.len(), Some(window), |layer| layer >= full)?;
+        for (layer, window) in spec.layers.iter_mut().zip(windows) {
+            layer.window = window;
+        }
+    }
+    Ok(spec)
+}
+
+fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
+    Ok(ModelSpec { bias: BIAS, ..keys.decoder("qwen2", RopeLayout::Half)? })
+}

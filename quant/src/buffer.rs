@@ -1,0 +1,100 @@
+//! Memory that the kernels like: zeroed and aligned to a cache line.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+/// Plain numbers for which all-zero bytes are a valid value.
+///
+/// # Safety
+/// The type is `Copy`, has no padding and no invalid bit patterns, and is aligned to at most 64 bytes.
+pub unsafe trait Number: Copy + Send + Sync + 'static {}
+// SAFETY: primitive numbers satisfy all of the above.
+unsafe impl Number for f32 {}
+// SAFETY: as above.
+unsafe impl Number for i32 {}
+// SAFETY: as above.
+unsafe impl Number for u16 {}
+// SAFETY: as above.
+unsafe impl Number for i8 {}
+// SAFETY: as above.
+unsafe impl Number for u8 {}
+
+/// A fixed-length buffer of numbers that starts on a 64-byte boundary: matrix units read a tile row per cache line,
+/// and pay fourfold when it straddles two.
+pub struct Aligned<T: Number> {
+    start: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory and `T` is `Send`.
+unsafe impl<T: Number> Send for Aligned<T> {}
+// SAFETY: shared access only reads.
+unsafe impl<T: Number> Sync for Aligned<T> {}
+
+impl<T: Number> Aligned<T> {
+    /// `len` zeros. The pages are taken from the system as they are first touched.
+    pub fn zeroed(len: usize) -> Self {
+        if len == 0 {
+            return Aligned { start: NonNull::dangling(), len };
+        }
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a non-zero size.
+        let start = unsafe { alloc_zeroed(layout) };
+        let Some(start) = NonNull::new(start.cast::<T>()) else { handle_alloc_error(layout) };
+        Aligned { start, len }
+    }
+
+    /// `len` zeros, or `None` where the system has no room for them.
+    pub fn try_zeroed(len: usize) -> Option<Self> {
+        if len == 0 {
+            return Some(Self::zeroed(0));
+        }
+        let layout = Layout::from_size_align(len.checked_mul(size_of::<T>())?, 64).ok()?;
+        // SAFETY: the layout has a non-zero size.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<T>())?;
+        Some(Aligned { start, len })
+    }
+
+    /// Makes room for `len` numbers; the contents are then unspecified (but initialised).
+    pub fn reserve(&mut self, len: usize) {
+        if self.len < len {
+            *self = Self::zeroed(len);
+        }
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.checked_mul(size_of::<T>()).expect("buffer size overflows"), 64)
+            .expect("buffer size overflows")
+    }
+}
+
+impl<T: Number> Default for Aligned<T> {
+    fn default() -> Self {
+        Self::zeroed(0)
+    }
+}
+
+impl<T: Number> Drop for Aligned<T> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: allocated by `zeroed` or `try_zeroed` with this layout.
+            unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) }
+        }
+    }
+}
+
+impl<T: Number> Deref for Aligned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` initialised numbers start here (zero bytes are valid numbers).
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Number> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and `self` is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}

@@ -1,0 +1,46 @@
+use crate::kernels::{Isa, Kernels};
+use crate::threads::Team;
+
+/// This machine's processor as the rest of the crate uses it: the worker team and the kernels of one instruction set.
+/// The operations are in [`crate::matmul`] and [`crate::ops`].
+pub struct Cpu {
+    pub(crate) team: Team,
+    pub(crate) kernels: Kernels,
+}
+
+impl Cpu {
+    /// A team of `threads` with the kernels of `isa` (the scalar ones where this machine lacks it).
+    pub fn new(threads: usize, isa: Isa) -> Cpu {
+        Cpu { team: Team::new(threads), kernels: isa.kernels() }
+    }
+
+    /// Threads in the team, the caller included.
+    pub fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
+    /// The instruction set whose kernels are in use.
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa
+    }
+
+    /// The worker team.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// Calls `work` with ranges that cover `0..items`, each a multiple of `grain` long but the last. Small jobs stay
+    /// on the calling thread.
+    pub(crate) fn split(&self, items: usize, grain: usize, work: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
+        let tasks = items.div_ceil(grain.max(1));
+        self.team.run(tasks, &|i| work(i * grain..items.min((i + 1) * grain)));
+    }
+}
+
+/// Physical cores of this machine that this process may use; at least 1.
+pub fn physical_cores() -> usize {
+    let logical = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+        .map_or(1, |s| s.trim().split([',', '-']).count().clamp(1, 8));
+    logical.div_ceil(siblings)
+}

@@ -1,0 +1,480 @@
+//! AVX-512 with VNNI: 512-bit registers, four unsigned by signed byte products added to 32 bits in one step.
+
+use super::codes256::{self, Codes, Dot, by_codes};
+use super::lanes::compiled_lanes;
+use super::scalar::pack_codes_of;
+use super::{
+    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
+    QuantizedRowMut, QuantizedRows,
+};
+use crate::formats::{BlockFormat, Format, Visitor};
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+pub(super) fn available() -> bool {
+    super::avx2::available()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+}
+
+pub(super) fn kernels() -> Kernels {
+    Kernels {
+        isa: Isa::Avx512,
+        biased_codes: true,
+        quantize,
+        dot_codes,
+        dot_floats,
+        pack_codes,
+        pack_floats,
+        mul_panels,
+        gemm,
+        f16_to_f32,
+        f32_to_f16,
+        peak_int8: Some(peak_int8),
+        lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+    }
+}
+
+struct Vnni;
+
+impl Dot for Vnni {
+    #[inline(always)]
+    unsafe fn start(zero: u8, a: __m256i) -> __m256i {
+        // SAFETY: the caller has AVX-512 VL and VNNI.
+        unsafe {
+            let none = _mm256_setzero_si256();
+            if zero == 0 {
+                return none;
+            }
+            _mm256_sub_epi32(none, _mm256_dpbusd_epi32(none, _mm256_set1_epi8(zero as i8), a))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(start: __m256i, _: u8, codes: __m256i, a: __m256i) -> __m256i {
+        // SAFETY: the caller has AVX-512 VL and VNNI.
+        unsafe { _mm256_dpbusd_epi32(start, codes, a) }
+    }
+}
+
+/// See [`scalar::quantize`]: the same codes and scales.
+fn quantize(x: &[f32], out: QuantizedRowMut<'_>) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn inner(x: &[f32], out: QuantizedRowMut<'_>) {
+        let groups = x.len() / 32;
+        assert!(out.q.len() >= groups * 32 && out.d.len() >= groups && out.s32.len() >= groups);
+        assert!(out.c32.len() >= groups && out.s16.len() >= 2 * groups && out.c16.len() >= 2 * groups);
+        for g in 0..groups {
+            // SAFETY: 32 numbers from `32 g` on; the outputs have this group (asserted above).
+            unsafe {
+                let x = [_mm512_loadu_ps(x.as_ptr().add(g * 32)), _mm512_loadu_ps(x.as_ptr().add(g * 32 + 16))];
+                // As integers, because a comparison of floats would pass over a NaN.
+                let (a, b) = (_mm512_castps_si512(_mm512_abs_ps(x[0])), _mm512_castps_si512(_mm512_abs_ps(x[1])));
+                let most = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(a, b)));
+                let d = most / 127.0;
+                let inverse = _mm512_set1_ps(if most == 0.0 { 0.0 } else { 127.0 / most });
+                let mut total = 0;
+                for h in 0..2 {
+                    let q = _mm512_cvtps_epi32(_mm512_mul_ps(x[h], inverse));
+                    _mm_storeu_si128(out.q.as_mut_ptr().add(g * 32 + h * 16).cast(), _mm512_cvtsepi32_epi8(q));
+                    let sum = _mm512_reduce_add_epi32(q);
+                    *out.s16.as_mut_ptr().add(2 * g + h) = d * sum as f32;
+                    *out.c16.as_mut_ptr().add(2 * g + h) = sum.wrapping_mul(-128);
+                    total = i32::wrapping_add(total, sum);
+                }
+                *out.d.as_mut_ptr().add(g) = d;
+                *out.s32.as_mut_ptr().add(g) = d * total as f32;
+                *out.c32.as_mut_ptr().add(g) = total.wrapping_mul(-128);
+            }
+        }
+    }
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { inner(x, out) }
+}
+
+pub(super) fn dot_codes(format: Format) -> DotCodes {
+    fn entry<C: Codes>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        fn inner<C: Codes>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
+            // SAFETY: this function's features.
+            unsafe { codes256::dot_codes::<C, Vnni>(data, x, out) }
+        }
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { inner::<C>(data, x, out) }
+    }
+    by_codes!(format, entry)
+}
+
+/// Packs panels with codes as they are (`FLIP` 0) or raised by 128 (0x80).
+pub(super) fn pack_codes_flipped<const FLIP: u8>(format: Format) -> PackCodes {
+    fn entry<F: BlockFormat, const FLIP: u8>(
+        data: &[u8],
+        rows: usize,
+        cols: usize,
+        codes: &mut [i8],
+        scale: &mut [f32],
+        min: &mut [f32],
+    ) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn inner<F: BlockFormat, const FLIP: u8>(
+            data: &[u8],
+            rows: usize,
+            cols: usize,
+            codes: &mut [i8],
+            scale: &mut [f32],
+            min: &mut [f32],
+        ) {
+            pack_codes_of::<F, FLIP>(data, rows, cols, codes, scale, min)
+        }
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { inner::<F, FLIP>(data, rows, cols, codes, scale, min) }
+    }
+    struct Pick<const FLIP: u8>;
+    impl<const FLIP: u8> Visitor for Pick<FLIP> {
+        type Out = PackCodes;
+        fn visit<F: BlockFormat>(self) -> PackCodes {
+            entry::<F, FLIP>
+        }
+    }
+    format.visit(Pick::<FLIP>).expect("a block format")
+}
+
+fn pack_codes(format: Format) -> PackCodes {
+    pack_codes_flipped::<0x80>(format)
+}
+
+fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
+    let mut r = rows.start;
+    while r < rows.end {
+        let out = &mut out[(r - rows.start) * stride..];
+        let left = rows.end - r;
+        // SAFETY: this table is handed out only where `available`; `mul_some` checks the sizes.
+        unsafe {
+            match panels {
+                [a, b] if left >= 6 => {
+                    mul_some::<6, 2>([a, b], x, r, out, stride);
+                    r += 6;
+                }
+                [a, b] => {
+                    mul_some::<1, 2>([a, b], x, r, out, stride);
+                    r += 1;
+                }
+                [a] if left >= 6 => {
+                    mul_some::<6, 1>([a], x, r, out, stride);
+                    r += 6;
+                }
+                [a] => {
+                    mul_some::<1, 1>([a], x, r, out, stride);
+                    r += 1;
+                }
+                _ => unreachable!("one or two panels"),
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn mul_some<const R: usize, const P: usize>(
+    panels: [&CodePanel<'_>; P],
+    x: QuantizedRows<'_>,
+    first: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
+    let (cols, sub) = (x.cols, panels[0].sub);
+    let groups = cols / sub;
+    for panel in panels {
+        assert!(panel.sub == sub && panel.codes.len() >= cols * PANEL && panel.scale.len() >= groups * PANEL);
+        assert!(panel.min.is_empty() || panel.min.len() >= groups * PANEL);
+    }
+    let rows = first + R;
+    assert!(x.all.q.len() >= rows * cols && rows <= x.padded && x.d.len() >= x.padded * cols / 32);
+    assert!(x.s16.len() >= x.padded * cols / 16 && x.s32.len() >= x.padded * cols / 32);
+    let (c, sums) = if sub == 16 { (x.all.c16, x.s16) } else { (x.all.c32, x.s32) };
+    assert!(c.len() >= rows * groups && out.len() >= (R - 1) * stride + P * PANEL);
+    let quads = sub / 4;
+    let with_min = !panels[0].min.is_empty();
+    let q = x.all.q[first * cols..].as_ptr().cast::<i32>();
+    let mut acc = [[_mm512_setzero_ps(); P]; R];
+    for s in 0..groups {
+        // SAFETY: rows `first..first + R` of every array, group `s` of every panel: all asserted above.
+        unsafe {
+            // The panels' codes are raised by 128: begin with what that adds taken off.
+            let mut dots = [[_mm512_setzero_si512(); P]; R];
+            for r in 0..R {
+                dots[r] = [_mm512_set1_epi32(*c.as_ptr().add((first + r) * groups + s)); P];
+            }
+            for k in s * quads..(s + 1) * quads {
+                let mut w = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    w[p] = _mm512_loadu_si512(panels[p].codes.as_ptr().add(k * 64).cast());
+                }
+                for r in 0..R {
+                    let a = _mm512_set1_epi32(q.add(r * (cols / 4) + k).read_unaligned());
+                    for p in 0..P {
+                        dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], w[p], a);
+                    }
+                }
+            }
+            let d = x.d.as_ptr().add(s * sub / 32 * x.padded + first);
+            let sums = sums.as_ptr().add(s * x.padded + first);
+            for p in 0..P {
+                let scale = _mm512_loadu_ps(panels[p].scale.as_ptr().add(s * PANEL));
+                for r in 0..R {
+                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r)));
+                    acc[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), factor, acc[r][p]);
+                }
+                if with_min {
+                    let min = _mm512_loadu_ps(panels[p].min.as_ptr().add(s * PANEL));
+                    for r in 0..R {
+                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sums.add(r)), acc[r][p]);
+                    }
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for p in 0..P {
+            // SAFETY: asserted above.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(r * stride + p * PANEL), acc[r][p]) }
+        }
+    }
+}
+
+/// Sixteen floats of a row, of which the first `n` are read.
+trait Floats {
+    const FORMAT: Format;
+    unsafe fn load(p: *const u8, mask: __mmask16) -> __m512;
+}
+struct F32;
+struct F16;
+struct BF16;
+impl Floats for F32 {
+    const FORMAT: Format = Format::F32;
+    #[inline(always)]
+    unsafe fn load(p: *const u8, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's pointer has the masked numbers.
+        unsafe { _mm512_maskz_loadu_ps(mask, p.cast()) }
+    }
+}
+impl Floats for F16 {
+    const FORMAT: Format = Format::F16;
+    #[inline(always)]
+    unsafe fn load(p: *const u8, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's pointer has the masked numbers.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p.cast())) }
+    }
+}
+impl Floats for BF16 {
+    const FORMAT: Format = Format::BF16;
+    #[inline(always)]
+    unsafe fn load(p: *const u8, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's pointer has the masked numbers.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+}
+
+/// The first `n` lanes.
+fn first(n: usize) -> __mmask16 {
+    if n >= 16 { !0 } else { (1 << n) - 1 }
+}
+
+pub(super) fn dot_floats(format: Format) -> DotFloats {
+    fn entry<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { dot_floats_of::<F>(data, x, out) }
+    }
+    match format {
+        Format::F32 => entry::<F32>,
+        Format::F16 => entry::<F16>,
+        _ => entry::<BF16>,
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn dot_floats_of<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
+    let size = F::FORMAT.block_bytes();
+    let row_bytes = x.len() * size;
+    assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
+    for (r, out) in out.iter_mut().enumerate() {
+        let row = &data[r * row_bytes..(r + 1) * row_bytes];
+        let mut acc = [_mm512_setzero_ps(); 4];
+        for i in (0..x.len()).step_by(64) {
+            for j in 0..4 {
+                let at = i + j * 16;
+                if at < x.len() {
+                    let mask = first(x.len() - at);
+                    // SAFETY: the masked numbers are inside both rows.
+                    let (w, x) = unsafe {
+                        (F::load(row.as_ptr().add(at * size), mask), _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)))
+                    };
+                    acc[j] = _mm512_fmadd_ps(w, x, acc[j]);
+                }
+            }
+        }
+        *out = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
+    }
+}
+
+pub(super) fn pack_floats(format: Format) -> PackFloats {
+    fn entry<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [f32]) {
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { pack_floats_of::<F>(data, rows, cols, out) }
+    }
+    match format {
+        Format::F32 => entry::<F32>,
+        Format::F16 => entry::<F16>,
+        _ => entry::<BF16>,
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn pack_floats_of<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [f32]) {
+    let size = F::FORMAT.block_bytes();
+    assert!(rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL);
+    for c in (0..cols).step_by(16) {
+        let n = 16.min(cols - c);
+        let mut tile = [[0f32; 16]; PANEL];
+        for r in 0..rows {
+            // SAFETY: the masked numbers are inside the row; the tile's rows have sixteen.
+            unsafe {
+                let x = F::load(data.as_ptr().add((r * cols + c) * size), first(n));
+                _mm512_storeu_ps(tile[r].as_mut_ptr(), x)
+            }
+        }
+        for j in 0..n {
+            let to = &mut out[(c + j) * PANEL..][..PANEL];
+            for r in 0..PANEL {
+                to[r] = tile[r][j];
+            }
+        }
+    }
+}
+
+pub(super) fn gemm(s: GemmShape, a: &[f32], b: &[f32], c: &mut [f32]) {
+    assert!(s.m == 0 || (a.len() >= (s.m - 1) * s.lda + s.k && c.len() >= (s.m - 1) * s.ldc + s.n));
+    let panels = s.n.div_ceil(PANEL);
+    assert!(panels == 0 || b.len() >= (panels - 1) * s.ldb + s.k * PANEL);
+    let mut p = 0;
+    while p < panels {
+        let two = panels - p >= 2;
+        let mut r = 0;
+        while r < s.m {
+            let many = s.m - r >= 12;
+            let (a, b, c) = (&a[r * s.lda..], &b[p * s.ldb..], &mut c[r * s.ldc + p * PANEL..]);
+            let width = s.n - p * PANEL;
+            // SAFETY: this table is handed out only where `available`; sizes are asserted above.
+            unsafe {
+                match (two, many) {
+                    (true, true) => gemm_some::<12, 2>(s, width, a, b, c),
+                    (true, false) => gemm_some::<1, 2>(s, width, a, b, c),
+                    (false, true) => gemm_some::<12, 1>(s, width, a, b, c),
+                    (false, false) => gemm_some::<1, 1>(s, width, a, b, c),
+                }
+            }
+            r += if many { 12 } else { 1 };
+        }
+        p += if two { 2 } else { 1 };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn gemm_some<const R: usize, const P: usize>(s: GemmShape, width: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
+    let mut masks = [0 as __mmask16; P];
+    for p in 0..P {
+        masks[p] = first(width - p * PANEL);
+    }
+    let mut acc = [[_mm512_setzero_ps(); P]; R];
+    if s.add {
+        for r in 0..R {
+            for p in 0..P {
+                // SAFETY: the masked numbers are inside the row of `c` (asserted by `gemm`).
+                acc[r][p] = unsafe { _mm512_maskz_loadu_ps(masks[p], c.as_ptr().add(r * s.ldc + p * PANEL)) };
+            }
+        }
+    }
+    for k in 0..s.k {
+        // SAFETY: each panel of `b` has `k` rows of 16, and `a` has `R` rows of `k` (asserted by `gemm`).
+        unsafe {
+            let mut w = [_mm512_setzero_ps(); P];
+            for p in 0..P {
+                w[p] = _mm512_loadu_ps(b.as_ptr().add(p * s.ldb + k * PANEL));
+            }
+            for r in 0..R {
+                let a = _mm512_set1_ps(*a.as_ptr().add(r * s.lda + k));
+                for p in 0..P {
+                    acc[r][p] = _mm512_fmadd_ps(a, w[p], acc[r][p]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for p in 0..P {
+            // SAFETY: as for the loads.
+            unsafe { _mm512_mask_storeu_ps(c.as_mut_ptr().add(r * s.ldc + p * PANEL), masks[p], acc[r][p]) }
+        }
+    }
+}
+
+pub(super) fn f16_to_f32(src: &[u16], dst: &mut [f32]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn inner(src: &[u16], dst: &mut [f32]) {
+        for i in (0..src.len()).step_by(16) {
+            let mask = first(src.len() - i);
+            // SAFETY: the masked numbers are inside both slices.
+            unsafe {
+                let x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, src.as_ptr().add(i).cast()));
+                _mm512_mask_storeu_ps(dst.as_mut_ptr().add(i), mask, x)
+            }
+        }
+    }
+    assert_eq!(src.len(), dst.len());
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { inner(src, dst) }
+}
+
+pub(super) fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn inner(src: &[f32], dst: &mut [u16]) {
+        for i in (0..src.len()).step_by(16) {
+            let mask = first(src.len() - i);
+            // SAFETY: the masked numbers are inside both slices.
+            unsafe {
+                let x = _mm512_maskz_loadu_ps(mask, src.as_ptr().add(i));
+                let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(x);
+                _mm256_mask_storeu_epi16(dst.as_mut_ptr().add(i).cast(), mask, half)
+            }
+        }
+    }
+    assert_eq!(src.len(), dst.len());
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { inner(src, dst) }
+}
+
+fn peak_int8(steps: u64) -> u64 {
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn inner(steps: u64) -> __m512i {
+        let (mut a, b) = (_mm512_set1_epi8(3), _mm512_set1_epi8(2));
+        let mut acc = [_mm512_setzero_si512(); 12];
+        for _ in 0..steps {
+            a = std::hint::black_box(a);
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, a, b);
+            }
+        }
+        let mut sum = b;
+        for acc in acc {
+            sum = _mm512_add_epi32(sum, acc);
+        }
+        sum
+    }
+    // SAFETY: this table is handed out only where `available`.
+    std::hint::black_box(unsafe { inner(steps) });
+    steps * 12 * 2 * 64
+}

@@ -1,0 +1,569 @@
+//! Block formats in 256-bit registers: how each one's codes and scales are taken out of a block, and the few-row
+//! product written once over them. Shared by AVX2 and AVX-512, which differ in how they multiply bytes.
+
+use super::QuantizedRow;
+use crate::formats::*;
+use std::arch::x86_64::*;
+
+/// E2M1, doubled.
+const MXFP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// A block format, eight groups of 32 codes (a "run") at a time.
+///
+/// # Safety
+/// The methods need AVX2 and F16C, and `run` to point at as many whole groups as are asked for. They are always
+/// inlined, so that they take on the target features of the kernel that calls them.
+pub(super) trait Codes: BlockFormat {
+    /// What codes are raised by to make them unsigned.
+    const ZERO: u8;
+    /// Bytes of a run.
+    const RUN: usize = 8 / Self::GROUPS * Self::BYTES;
+
+    /// Codes of group `g`, raised by `ZERO`.
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i;
+    /// Scales of the first `n` groups: one a group in `[0]`, or with `HALVES` one a half in both.
+    unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2];
+    /// Minimums, likewise.
+    unsafe fn mins(run: *const u8, n: usize) -> [__m256; 2];
+}
+
+/// Products of unsigned codes and signed activations.
+///
+/// # Safety
+/// The methods need the instruction set that the type stands for.
+pub(super) trait Dot {
+    /// Minus the products of `zero` and `a`, summed by fours.
+    unsafe fn start(zero: u8, a: __m256i) -> __m256i;
+    /// Adds the products of the codes (less `zero`) and `a`, summed by fours, to what `start` gave.
+    unsafe fn dot(start: __m256i, zero: u8, codes: __m256i, a: __m256i) -> __m256i;
+}
+
+#[inline(always)]
+unsafe fn load(p: *const u8) -> __m256i {
+    // SAFETY: the caller's pointer has 32 bytes.
+    unsafe { _mm256_loadu_si256(p.cast()) }
+}
+
+/// 16 bytes of two 4-bit codes: the low ones first.
+#[inline(always)]
+unsafe fn nibbles(p: *const u8) -> __m256i {
+    // SAFETY: the caller's pointer has 16 bytes.
+    unsafe {
+        let x = _mm_loadu_si128(p.cast());
+        let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(x), _mm_srli_epi16::<4>(x));
+        _mm256_and_si256(both, _mm256_set1_epi8(15))
+    }
+}
+
+/// Byte `i` is `value` where bit `i` of the word at `p` is set.
+#[inline(always)]
+unsafe fn bits(p: *const u8, value: i8) -> __m256i {
+    // SAFETY: the caller's pointer has 4 bytes.
+    unsafe {
+        let word = _mm256_set1_epi32(p.cast::<i32>().read_unaligned());
+        let bytes = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+        let spread = _mm256_shuffle_epi8(word, bytes);
+        let mask = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
+        _mm256_and_si256(set, _mm256_set1_epi8(value))
+    }
+}
+
+#[inline(always)]
+unsafe fn shift_right(x: __m256i, by: usize) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe { _mm256_srl_epi16(x, _mm_cvtsi64_si128(by as i64)) }
+}
+
+/// f16 numbers at `p`, `p + stride`, ...
+#[inline(always)]
+unsafe fn halves_at(p: *const u8, stride: usize, n: usize) -> __m256 {
+    // SAFETY: the caller's pointer has `n` numbers at this distance.
+    unsafe {
+        let at = |i: usize| i32::from(p.add(i * stride).cast::<u16>().read_unaligned());
+        if n == 8 {
+            let x = _mm_cvtsi32_si128(at(0));
+            let x = _mm_insert_epi16::<1>(x, at(1));
+            let x = _mm_insert_epi16::<2>(x, at(2));
+            let x = _mm_insert_epi16::<3>(x, at(3));
+            let x = _mm_insert_epi16::<4>(x, at(4));
+            let x = _mm_insert_epi16::<5>(x, at(5));
+            let x = _mm_insert_epi16::<6>(x, at(6));
+            _mm256_cvtph_ps(_mm_insert_epi16::<7>(x, at(7)))
+        } else {
+            let mut all = [0u16; 8];
+            for (i, half) in all.iter_mut().enumerate().take(n) {
+                *half = at(i) as u16;
+            }
+            _mm256_cvtph_ps(_mm_loadu_si128(all.as_ptr().cast()))
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn half_at(p: *const u8) -> __m256 {
+    // SAFETY: the caller's pointer has 2 bytes.
+    unsafe { _mm256_cvtph_ps(_mm_set1_epi16(p.cast::<i16>().read_unaligned())) }
+}
+
+#[inline(always)]
+unsafe fn bytes_to_f32(x: __m128i) -> __m256 {
+    // SAFETY: the caller has AVX2.
+    unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)) }
+}
+
+#[inline(always)]
+unsafe fn lookup(table: &[i8; 16], raise: u8, nibbles: __m256i) -> __m256i {
+    // SAFETY: the caller has AVX2; the table has 16 bytes.
+    unsafe {
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+        _mm256_add_epi8(_mm256_shuffle_epi8(table, nibbles), _mm256_set1_epi8(raise as i8))
+    }
+}
+
+/// Formats of 32 weights: an f16 scale at the start of each block, perhaps an f16 minimum behind it.
+macro_rules! legacy {
+    ($name:ident, $zero:expr, |$block:ident| $codes:expr) => {
+        impl Codes for $name {
+            const ZERO: u8 = $zero;
+            #[inline(always)]
+            unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+                // SAFETY: the caller keeps to the block.
+                unsafe {
+                    let $block = run.add(g * Self::BYTES);
+                    $codes
+                }
+            }
+            #[inline(always)]
+            unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2] {
+                // SAFETY: each block begins with its scale.
+                unsafe { [halves_at(run, Self::BYTES, n), _mm256_setzero_ps()] }
+            }
+            #[inline(always)]
+            unsafe fn mins(run: *const u8, n: usize) -> [__m256; 2] {
+                // SAFETY: a format with minimums has them behind the scale. They are stored negated.
+                unsafe {
+                    let m = if Self::HAS_MIN { halves_at(run.add(2), Self::BYTES, n) } else { _mm256_setzero_ps() };
+                    [_mm256_sub_ps(_mm256_setzero_ps(), m), _mm256_setzero_ps()]
+                }
+            }
+        }
+    };
+}
+
+legacy!(Q4_0, 8, |b| nibbles(b.add(2)));
+legacy!(Q4_1, 0, |b| nibbles(b.add(4)));
+legacy!(Q5_0, 16, |b| _mm256_or_si256(nibbles(b.add(6)), bits(b.add(2), 16)));
+legacy!(Q5_1, 0, |b| _mm256_or_si256(nibbles(b.add(8)), bits(b.add(4), 16)));
+legacy!(Q8_0, 128, |b| _mm256_xor_si256(load(b.add(2)), _mm256_set1_epi8(-128)));
+legacy!(IQ4_NL, 128, |b| lookup(&IQ4_TABLE, 128, nibbles(b.add(2))));
+
+impl Codes for MXFP4 {
+    const ZERO: u8 = 16;
+    #[inline(always)]
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+        // SAFETY: the caller keeps to the block.
+        unsafe { lookup(&MXFP4_TABLE, 16, nibbles(run.add(g * Self::BYTES + 1))) }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2] {
+        let mut scales = [0f32; 8];
+        for (g, scale) in scales.iter_mut().enumerate().take(n) {
+            // SAFETY: each block begins with its exponent.
+            *scale = e8m0_half(unsafe { *run.add(g * Self::BYTES) });
+        }
+        // SAFETY: eight numbers.
+        unsafe { [_mm256_loadu_ps(scales.as_ptr()), _mm256_setzero_ps()] }
+    }
+    #[inline(always)]
+    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: the caller has AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+}
+
+impl Codes for Q2_K {
+    const ZERO: u8 = 0;
+    #[inline(always)]
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+        // SAFETY: the caller keeps to the block.
+        unsafe { _mm256_and_si256(shift_right(load(run.add(16 + 32 * (g / 4))), 2 * (g % 4)), _mm256_set1_epi8(3)) }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: 16 bytes of scales at the start, f16 at 80.
+        unsafe {
+            let s = _mm_and_si128(_mm_loadu_si128(run.cast()), _mm_set1_epi8(15));
+            let d = half_at(run.add(80));
+            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn mins(run: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: 16 bytes of minimums at the start, f16 at 82.
+        unsafe {
+            let m = _mm_and_si128(_mm_srli_epi16::<4>(_mm_loadu_si128(run.cast())), _mm_set1_epi8(15));
+            let d = half_at(run.add(82));
+            [_mm256_mul_ps(d, bytes_to_f32(m)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(m)))]
+        }
+    }
+}
+
+impl Codes for Q3_K {
+    const ZERO: u8 = 4;
+    #[inline(always)]
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+        // SAFETY: the caller keeps to the block.
+        unsafe {
+            let low = _mm256_and_si256(shift_right(load(run.add(32 + 32 * (g / 4))), 2 * (g % 4)), _mm256_set1_epi8(3));
+            let high = _mm256_and_si256(shift_right(load(run), g), _mm256_set1_epi8(1));
+            _mm256_or_si256(low, _mm256_slli_epi16::<2>(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: 12 bytes of scales at 96, f16 at 108.
+        unsafe {
+            let word = |i: usize| run.add(96 + 4 * i).cast::<u32>().read_unaligned();
+            let (a, b, c) = (word(0), word(1), word(2));
+            let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
+            let s = _mm_setr_epi32(
+                (a & low | (c & two) << 4) as i32,
+                (b & low | (c >> 2 & two) << 4) as i32,
+                (a >> 4 & low | (c >> 4 & two) << 4) as i32,
+                (b >> 4 & low | (c >> 6 & two) << 4) as i32,
+            );
+            let s = _mm_sub_epi8(s, _mm_set1_epi8(32));
+            let d = half_at(run.add(108));
+            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: the caller has AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+}
+
+/// The 6-bit scales and minimums of `Q4_K` and `Q5_K`, eight bytes each.
+#[inline(always)]
+unsafe fn six_bits(p: *const u8) -> (__m128i, __m128i) {
+    // SAFETY: the caller's pointer has 12 bytes.
+    unsafe {
+        let word = |i: usize| p.add(4 * i).cast::<u32>().read_unaligned();
+        let (a, b, c) = (word(0), word(1), word(2));
+        let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x0303_0303);
+        let scales = _mm_setr_epi32((a & six) as i32, (c & four | (a >> 6 & two) << 4) as i32, 0, 0);
+        let mins = _mm_setr_epi32((b & six) as i32, (c >> 4 & four | (b >> 6 & two) << 4) as i32, 0, 0);
+        (scales, mins)
+    }
+}
+
+macro_rules! four_and_five_bits {
+    ($name:ident, |$block:ident, $g:ident| $codes:expr) => {
+        impl Codes for $name {
+            const ZERO: u8 = 0;
+            #[inline(always)]
+            unsafe fn codes($block: *const u8, $g: usize) -> __m256i {
+                // SAFETY: the caller keeps to the block.
+                unsafe { $codes }
+            }
+            #[inline(always)]
+            unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+                // SAFETY: f16 at the start, packed scales at 4.
+                unsafe { [_mm256_mul_ps(half_at(run), bytes_to_f32(six_bits(run.add(4)).0)), _mm256_setzero_ps()] }
+            }
+            #[inline(always)]
+            unsafe fn mins(run: *const u8, _: usize) -> [__m256; 2] {
+                // SAFETY: f16 at 2, packed minimums at 4.
+                unsafe {
+                    [_mm256_mul_ps(half_at(run.add(2)), bytes_to_f32(six_bits(run.add(4)).1)), _mm256_setzero_ps()]
+                }
+            }
+        }
+    };
+}
+
+four_and_five_bits!(Q4_K, |b, g| _mm256_and_si256(
+    shift_right(load(b.add(16 + 32 * (g / 2))), 4 * (g % 2)),
+    _mm256_set1_epi8(15)
+));
+four_and_five_bits!(Q5_K, |b, g| {
+    let low = _mm256_and_si256(shift_right(load(b.add(48 + 32 * (g / 2))), 4 * (g % 2)), _mm256_set1_epi8(15));
+    let high = _mm256_and_si256(shift_right(load(b.add(16)), g), _mm256_set1_epi8(1));
+    _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))
+});
+
+impl Codes for Q6_K {
+    const ZERO: u8 = 32;
+    #[inline(always)]
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+        // SAFETY: the caller keeps to the block.
+        unsafe {
+            let (half, quarter) = (g / 4, g % 4);
+            let low = shift_right(load(run.add(64 * half + 32 * (quarter % 2))), 4 * (quarter / 2));
+            let high = shift_right(load(run.add(128 + 32 * half)), 2 * quarter);
+            _mm256_or_si256(
+                _mm256_and_si256(low, _mm256_set1_epi8(15)),
+                _mm256_slli_epi16::<4>(_mm256_and_si256(high, _mm256_set1_epi8(3))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: 16 bytes of scales at 192, f16 at 208.
+        unsafe {
+            let s = _mm_loadu_si128(run.add(192).cast());
+            let d = half_at(run.add(208));
+            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: the caller has AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+}
+
+impl Codes for IQ4_XS {
+    const ZERO: u8 = 128;
+    #[inline(always)]
+    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+        // SAFETY: the caller keeps to the block.
+        unsafe { lookup(&IQ4_TABLE, 128, nibbles(run.add(8 + 16 * g))) }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: f16 at the start, high bits at 2, low ones at 4.
+        unsafe {
+            let high = u32::from(run.add(2).cast::<u16>().read_unaligned());
+            let low = run.add(4).cast::<u32>().read_unaligned();
+            let counts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let low = _mm256_srlv_epi32(_mm256_set1_epi32(low as i32), _mm256_slli_epi32::<2>(counts));
+            let high = _mm256_srlv_epi32(_mm256_set1_epi32(high as i32), _mm256_slli_epi32::<1>(counts));
+            let high = _mm256_slli_epi32::<4>(_mm256_and_si256(high, _mm256_set1_epi32(3)));
+            let s = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(15)), high);
+            let s = _mm256_cvtepi32_ps(_mm256_sub_epi32(s, _mm256_set1_epi32(32)));
+            [_mm256_mul_ps(half_at(run), s), _mm256_setzero_ps()]
+        }
+    }
+    #[inline(always)]
+    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+        // SAFETY: the caller has AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+}
+
+/// See [`super::DotCodes`].
+///
+/// # Safety
+/// AVX2, FMA, F16C and what `D` needs.
+#[inline(always)]
+pub(super) unsafe fn dot_codes<C: Codes, D: Dot>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
+    let row_bytes = x.q.len() / C::FORMAT.block_len() * C::BYTES;
+    assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
+    assert!(x.d.len() * 32 == x.q.len() && x.s32.len() == x.d.len() && x.s16.len() == 2 * x.d.len());
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let mut row = data.as_ptr();
+    for out in fours {
+        // SAFETY: the assertions keep every row and every group inside the slices.
+        unsafe {
+            dot_some::<C, D, 4>(row, row_bytes, x, out);
+            row = row.add(4 * row_bytes);
+        }
+    }
+    for out in rest {
+        // SAFETY: as above.
+        unsafe {
+            dot_some::<C, D, 1>(row, row_bytes, x, std::array::from_mut(out));
+            row = row.add(row_bytes);
+        }
+    }
+}
+
+macro_rules! eight_times {
+    ($g:ident => $body:expr) => {{
+        {
+            const $g: usize = 0;
+            $body
+        }
+        {
+            const $g: usize = 1;
+            $body
+        }
+        {
+            const $g: usize = 2;
+            $body
+        }
+        {
+            const $g: usize = 3;
+            $body
+        }
+        {
+            const $g: usize = 4;
+            $body
+        }
+        {
+            const $g: usize = 5;
+            $body
+        }
+        {
+            const $g: usize = 6;
+            $body
+        }
+        {
+            const $g: usize = 7;
+            $body
+        }
+    }};
+}
+
+#[repr(align(64))]
+struct Factors([f32; 16]);
+
+/// What the products of a run's groups are multiplied by: `R` rows' scales times the activations', and the minimums
+/// added up. Functions rather than closures: a closure would not take on the target features of the kernel.
+#[inline(always)]
+unsafe fn prepare<C: Codes, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    n: usize,
+    d: *const f32,
+    s32: *const f32,
+    s16: *const f32,
+    factors: &mut [Factors; R],
+    mins: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for `n` groups in each row, and eight (`s16`: sixteen) numbers behind each pointer.
+    unsafe {
+        let d = _mm256_loadu_ps(d);
+        for r in 0..R {
+            let at = first.add(r * row_bytes);
+            let [a, b] = C::scales(at, n);
+            let to = factors[r].0.as_mut_ptr();
+            if C::HALVES {
+                let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                _mm256_store_ps(to, _mm256_mul_ps(a, low));
+                _mm256_store_ps(to.add(8), _mm256_mul_ps(b, high));
+            } else {
+                _mm256_store_ps(to, _mm256_mul_ps(a, d));
+            }
+            if C::HAS_MIN {
+                let [a, b] = C::mins(at, n);
+                if C::HALVES {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s16), mins[r]);
+                    mins[r] = _mm256_fmadd_ps(b, _mm256_loadu_ps(s16.add(8)), mins[r]);
+                } else {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s32), mins[r]);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of group `g` of the run at `first` and of the 32 activations at `q`.
+#[inline(always)]
+unsafe fn multiply<C: Codes, D: Dot, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    g: usize,
+    q: *const i8,
+    factors: &[Factors; R],
+    sums: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for the group in each row and for 32 activations.
+    unsafe {
+        let a = _mm256_loadu_si256(q.cast());
+        let start = D::start(C::ZERO, a);
+        for r in 0..R {
+            let codes = C::codes(first.add(r * row_bytes), g);
+            let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, codes, a));
+            let factor = factors[r].0.as_ptr();
+            let factor = if C::HALVES {
+                let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*factor.add(2 * g).cast::<f64>()));
+                _mm256_permutevar8x32_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+            } else {
+                _mm256_broadcast_ss(&*factor.add(g))
+            };
+            sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    x: QuantizedRow<'_>,
+    out: &mut [f32; R],
+) {
+    // SAFETY: the caller vouches for `R` rows of weights and the activations' sizes.
+    unsafe {
+        let groups = x.d.len();
+        let mut sums = [_mm256_setzero_ps(); R];
+        let mut mins = [_mm256_setzero_ps(); R];
+        let mut factors = [const { Factors([0.0; 16]) }; R];
+        let q = x.q.as_ptr();
+        for run in 0..groups / 8 {
+            let (first, at) = (first.add(run * C::RUN), run * 8);
+            let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
+            prepare::<C, R>(first, row_bytes, 8, d, s32, s16, &mut factors, &mut mins);
+            eight_times!(G => multiply::<C, D, R>(first, row_bytes, G, q.add((at + G) * 32), &factors, &mut sums));
+        }
+        let left = groups % 8;
+        if left > 0 {
+            let (first, at) = (first.add(groups / 8 * C::RUN), groups - left);
+            let (mut d, mut s32, mut s16) = ([0f32; 8], [0f32; 8], [0f32; 16]);
+            d[..left].copy_from_slice(&x.d[at..]);
+            s32[..left].copy_from_slice(&x.s32[at..]);
+            s16[..2 * left].copy_from_slice(&x.s16[2 * at..]);
+            let (d, s32, s16) = (d.as_ptr(), s32.as_ptr(), s16.as_ptr());
+            prepare::<C, R>(first, row_bytes, left, d, s32, s16, &mut factors, &mut mins);
+            for g in 0..left {
+                multiply::<C, D, R>(first, row_bytes, g, q.add((at + g) * 32), &factors, &mut sums);
+            }
+        }
+        for r in 0..R {
+            out[r] = add_across(if C::HAS_MIN { _mm256_sub_ps(sums[r], mins[r]) } else { sums[r] });
+        }
+    }
+}
+
+/// The sum of eight lanes.
+///
+/// # Safety
+/// AVX.
+#[inline(always)]
+pub(super) unsafe fn add_across(x: __m256) -> f32 {
+    // SAFETY: the caller has AVX.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
+
+/// Hands out `$function::<$format, $($more),*>` for a block format.
+macro_rules! by_codes {
+    ($format:expr, $function:ident) => {{
+        use crate::formats::*;
+        match $format {
+            Format::Q4_0 => $function::<Q4_0>,
+            Format::Q4_1 => $function::<Q4_1>,
+            Format::Q5_0 => $function::<Q5_0>,
+            Format::Q5_1 => $function::<Q5_1>,
+            Format::Q8_0 => $function::<Q8_0>,
+            Format::Q2_K => $function::<Q2_K>,
+            Format::Q3_K => $function::<Q3_K>,
+            Format::Q4_K => $function::<Q4_K>,
+            Format::Q5_K => $function::<Q5_K>,
+            Format::Q6_K => $function::<Q6_K>,
+            Format::IQ4_NL => $function::<IQ4_NL>,
+            Format::IQ4_XS => $function::<IQ4_XS>,
+            Format::MXFP4 => $function::<MXFP4>,
+            Format::F32 | Format::F16 | Format::BF16 => unreachable!("floats have no codes"),
+        }
+    }};
+}
+pub(super) use by_codes;

@@ -1,0 +1,335 @@
+//! Element-wise operations and short reductions, written once in plain Rust with explicit lanes and compiled for each
+//! instruction set. Sums run over 16 lanes in a fixed order, so every instruction set gives the same bits.
+
+use crate::ops::Activation;
+
+const LANES: usize = 16;
+
+/// See [`Lanes::rotate`].
+pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
+
+/// The compiled functions; see each one's plain version below.
+#[derive(Clone, Copy)]
+pub struct Lanes {
+    pub sum_squares: fn(&[f32]) -> f32,
+    pub sum: fn(&[f32]) -> f32,
+    pub dot: fn(&[f32], &[f32]) -> f32,
+    pub max: fn(&[f32]) -> f32,
+    /// `y += a * x`
+    pub axpy: fn(f32, &[f32], &mut [f32]),
+    /// `x *= a`
+    pub scale: fn(f32, &mut [f32]),
+    /// `y += x`
+    pub add: fn(&[f32], &mut [f32]),
+    /// `out = x * a * (w + offset)`
+    pub scale_by: fn(&[f32], f32, &[f32], f32, &mut [f32]),
+    /// `x = exp(x - max)`, returns the sum
+    pub exp_sum: fn(f32, &mut [f32]) -> f32,
+    /// `x = act(x)`
+    pub activate: fn(Activation, &mut [f32]),
+    /// `gate = act(gate) * up`
+    pub gate: fn(Activation, &mut [f32], &[f32]),
+    /// rotates pairs `(a[i], b[i])` by the angles whose cosines and sines are given
+    pub rotate: Rotate,
+    /// `x = cap * tanh(x / cap)`
+    pub soft_cap: fn(f32, &mut [f32]),
+    /// `out[i] = q . keys[i]` for the rows of `keys`
+    pub scores: fn(&[f32], &[f32], &mut [f32]),
+    /// `out += sum_i p[i] * values[i]` for the rows of `values`
+    pub mix: fn(&[f32], &[f32], &mut [f32]),
+}
+
+/// e^x within 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN for NaN.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is the Taylor series of e^r with its tail rebalanced (Cephes).
+    let clamped = if x > 88.722_84 { 88.722_84 } else { x };
+    let clamped = if clamped < -87.336_54 { -87.336_54 } else { clamped };
+    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    let r = clamped - n * 0.693_359_4;
+    let r = r + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_6e-1;
+    let p = p * r + 5e-1;
+    let y = p * (r * r) + r + 1.0;
+    // n reaches 128, whose power of two needs two steps.
+    let half = (n * 0.5).round_ties_even();
+    let rest = n - half;
+    let a = f32::from_bits(((half as i32 + 127) << 23) as u32);
+    let b = f32::from_bits(((rest as i32 + 127) << 23) as u32);
+    let y = y * a * b;
+    let y = if x < -87.336_54 { 0.0 } else { y };
+    let y = if x > 88.722_84 { f32::INFINITY } else { y };
+    if x.is_nan() { x } else { y }
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    // Exact to f32 near zero, where 1 - 2/(e^2x + 1) would cancel.
+    let square = x * x;
+    let small = x
+        * (1.0
+            + square * (-0.333_333_34 + square * (0.133_333_34 + square * (-0.053_968_254 + square * 0.021_869_488))));
+    let large = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+    if square < 0.09 { small } else { large }
+}
+
+/// The error function within 2e-7 (Abramowitz and Stegun 7.1.26 has 1.5e-7; here with the f32 exponential).
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    let square = x * x;
+    // Series near zero, where the formula below cancels.
+    let small = x
+        * (std::f32::consts::FRAC_2_SQRT_PI)
+        * (1.0
+            + square
+                * (-1.0 / 3.0
+                    + square * (1.0 / 10.0 + square * (-1.0 / 42.0 + square * (1.0 / 216.0 - square / 1320.0)))));
+    let a = x.abs();
+    let t = 1.0 / (1.0 + 0.327_591_1 * a);
+    let p = t * (0.254_829_6 + t * (-0.284_496_72 + t * (1.421_413_8 + t * (-1.453_152_1 + t * 1.061_405_4))));
+    let large = (1.0 - p * exp(-square)).copysign(x);
+    if square < 0.25 { small } else { large }
+}
+
+#[inline(always)]
+fn activation(kind: Activation) -> impl Fn(f32) -> f32 {
+    move |x| match kind {
+        Activation::Silu => x * sigmoid(x),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
+        Activation::GeluTanh => 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))),
+        Activation::Relu => {
+            if x < 0.0 {
+                0.0
+            } else {
+                x
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn fold(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = f(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+pub fn sum_squares(x: &[f32]) -> f32 {
+    dot(x, x)
+}
+
+#[inline(always)]
+pub fn sum(x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let mut acc = [0f32; LANES];
+    for c in chunks {
+        for i in 0..LANES {
+            acc[i] += c[i];
+        }
+    }
+    for (i, v) in tail.iter().enumerate() {
+        acc[i] += v;
+    }
+    fold(acc, |a, b| a + b)
+}
+
+#[inline(always)]
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let (cx, tx) = x.as_chunks::<LANES>();
+    let (cy, ty) = y.as_chunks::<LANES>();
+    let mut acc = [0f32; LANES];
+    for (a, b) in cx.iter().zip(cy) {
+        for i in 0..LANES {
+            acc[i] += a[i] * b[i];
+        }
+    }
+    for (i, (a, b)) in tx.iter().zip(ty).enumerate() {
+        acc[i] += a * b;
+    }
+    fold(acc, |a, b| a + b)
+}
+
+#[inline(always)]
+pub fn max(x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    let mut acc = [f32::NEG_INFINITY; LANES];
+    for c in chunks {
+        for i in 0..LANES {
+            acc[i] = if c[i] > acc[i] { c[i] } else { acc[i] };
+        }
+    }
+    for (i, &v) in tail.iter().enumerate() {
+        acc[i] = if v > acc[i] { v } else { acc[i] };
+    }
+    fold(acc, |a, b| if b > a { b } else { a })
+}
+
+#[inline(always)]
+pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += a * x;
+    }
+}
+
+#[inline(always)]
+pub fn scale(a: f32, x: &mut [f32]) {
+    for x in x {
+        *x *= a;
+    }
+}
+
+#[inline(always)]
+pub fn add(x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += x;
+    }
+}
+
+#[inline(always)]
+pub fn scale_by(x: &[f32], a: f32, w: &[f32], offset: f32, out: &mut [f32]) {
+    for ((o, x), w) in out.iter_mut().zip(x).zip(w) {
+        *o = x * a * (w + offset);
+    }
+}
+
+#[inline(always)]
+pub fn exp_sum(max: f32, x: &mut [f32]) -> f32 {
+    for v in x.iter_mut() {
+        *v = exp(*v - max);
+    }
+    sum(x)
+}
+
+#[inline(always)]
+pub fn activate(kind: Activation, x: &mut [f32]) {
+    // A loop for each kind, so that each is a straight line of vector code.
+    macro_rules! each {
+        ($($k:ident),*) => { match kind { $(Activation::$k => {
+            let f = activation(Activation::$k);
+            for v in x { *v = f(*v) }
+        })* } };
+    }
+    each!(Silu, Gelu, GeluTanh, Relu)
+}
+
+#[inline(always)]
+pub fn gate(kind: Activation, gate: &mut [f32], up: &[f32]) {
+    macro_rules! each {
+        ($($k:ident),*) => { match kind { $(Activation::$k => {
+            let f = activation(Activation::$k);
+            for (g, u) in gate.iter_mut().zip(up) { *g = f(*g) * u }
+        })* } };
+    }
+    each!(Silu, Gelu, GeluTanh, Relu)
+}
+
+#[inline(always)]
+pub fn rotate(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+        let (x, y) = (*a, *b);
+        *a = x * c - y * s;
+        *b = x * s + y * c;
+    }
+}
+
+#[inline(always)]
+pub fn soft_cap(cap: f32, x: &mut [f32]) {
+    for v in x {
+        *v = cap * tanh(*v / cap);
+    }
+}
+
+#[inline(always)]
+pub fn scores(q: &[f32], keys: &[f32], out: &mut [f32]) {
+    for (o, key) in out.iter_mut().zip(keys.chunks_exact(q.len())) {
+        *o = dot(q, key);
+    }
+}
+
+#[inline(always)]
+pub fn mix(p: &[f32], values: &[f32], out: &mut [f32]) {
+    for (p, value) in p.iter().zip(values.chunks_exact(out.len())) {
+        axpy(*p, value, out);
+    }
+}
+
+/// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled {
+    ($features:literal, $path:path, ($($arg:ident: $ty:ty),*) $(-> $ret:ty)?) => {{
+        #[target_feature(enable = $features)]
+        fn compiled($($arg: $ty),*) $(-> $ret)? {
+            $path($($arg),*)
+        }
+        fn entry($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: a table with this entry is handed out only on a processor that has these features.
+            unsafe { compiled($($arg),*) }
+        }
+        entry
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use compiled;
+
+/// All of the functions above, compiled with the target features `$features`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_lanes {
+    ($features:literal) => {{
+        use $crate::kernels::lanes::{self, Lanes, compiled};
+        use $crate::ops::Activation;
+        Lanes {
+            sum_squares: compiled!($features, lanes::sum_squares, (x: &[f32]) -> f32),
+            sum: compiled!($features, lanes::sum, (x: &[f32]) -> f32),
+            dot: compiled!($features, lanes::dot, (x: &[f32], y: &[f32]) -> f32),
+            max: compiled!($features, lanes::max, (x: &[f32]) -> f32),
+            axpy: compiled!($features, lanes::axpy, (a: f32, x: &[f32], y: &mut [f32])),
+            scale: compiled!($features, lanes::scale, (a: f32, x: &mut [f32])),
+            add: compiled!($features, lanes::add, (x: &[f32], y: &mut [f32])),
+            scale_by: compiled!($features, lanes::scale_by, (x: &[f32], a: f32, w: &[f32], offset: f32, out: &mut [f32])),
+            exp_sum: compiled!($features, lanes::exp_sum, (max: f32, x: &mut [f32]) -> f32),
+            activate: compiled!($features, lanes::activate, (kind: Activation, x: &mut [f32])),
+            gate: compiled!($features, lanes::gate, (kind: Activation, g: &mut [f32], up: &[f32])),
+            rotate: compiled!($features, lanes::rotate, (a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32])),
+            soft_cap: compiled!($features, lanes::soft_cap, (cap: f32, x: &mut [f32])),
+            scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
+            mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use compiled_lanes;
+
+/// The functions above as the target's baseline compiles them.
+pub const PLAIN: Lanes = Lanes {
+    sum_squares,
+    sum,
+    dot,
+    max,
+    axpy,
+    scale,
+    add,
+    scale_by,
+    exp_sum,
+    activate,
+    gate,
+    rotate,
+    soft_cap,
+    scores,
+    mix,
+};

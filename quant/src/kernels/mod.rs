@@ -1,0 +1,264 @@
+//! Kernels: one table of functions per instruction set, chosen once at start.
+//!
+//! Every function has a plain version in `scalar`, which is the oracle of the tests. Sums are cut by the shape of the
+//! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod codes256;
+mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+pub mod scalar;
+#[cfg(test)]
+mod tests;
+
+use crate::formats::Format;
+
+/// An instruction set that has kernels here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Plain Rust: runs anywhere, and is what the others are checked against.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C (Haswell, Zen and later).
+    Avx2,
+    /// x86-64 with AVX-512 F/BW/DQ/VL and VNNI (Ice Lake, Zen 4 and later).
+    Avx512,
+    /// AVX-512 with the AMX int8 matrix unit (Sapphire Rapids and later).
+    Amx,
+    /// AArch64 Advanced SIMD; dot products and i8mm are used where the processor has them.
+    Neon,
+}
+
+impl Isa {
+    /// Every instruction set, from the plainest to the most capable.
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
+
+    /// The name that `RUSHLIGHT_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
+            Isa::Neon => "neon",
+        }
+    }
+
+    /// Whether this machine (and its operating system) can run it.
+    pub fn available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => avx512::available() && amx::available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// The most capable one that this machine can run.
+    pub fn best() -> Isa {
+        Isa::ALL.into_iter().rev().find(|isa| isa.available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// The one that the environment variable `RUSHLIGHT_ISA` names, or else the best.
+    ///
+    /// # Errors
+    /// When the variable names no instruction set, or one that this machine lacks.
+    pub fn from_env() -> Result<Isa, String> {
+        let Some(name) = std::env::var_os("RUSHLIGHT_ISA").filter(|v| !v.is_empty()) else { return Ok(Isa::best()) };
+        let names = || Isa::ALL.iter().filter(|i| i.available()).map(|i| i.name()).collect::<Vec<_>>().join(", ");
+        match Isa::ALL.into_iter().find(|isa| name == isa.name()) {
+            Some(isa) if isa.available() => Ok(isa),
+            Some(isa) => Err(format!(
+                "RUSHLIGHT_ISA={}: this machine does not have it; unset it or choose from: {}",
+                isa.name(),
+                names()
+            )),
+            None => Err(format!(
+                "RUSHLIGHT_ISA={}: no such instruction set; choose from: {}",
+                name.to_string_lossy(),
+                names()
+            )),
+        }
+    }
+
+    /// This instruction set's kernels. A caller has asked [`Isa::available`] first; where it has not, the scalar ones
+    /// are given.
+    pub(crate) fn kernels(self) -> Kernels {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if self.available() => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if self.available() => avx512::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if self.available() => amx::kernels(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
+            _ => scalar::kernels(),
+        }
+    }
+}
+
+/// One row of 8-bit activations: `x[i] ~ d[i/32] * q[i]` (round to nearest, `d = max|x| / 127` over each 32).
+#[derive(Clone, Copy)]
+pub struct QuantizedRow<'a> {
+    /// Codes, -127..=127; `[cols]`.
+    pub q: &'a [i8],
+    /// Scales; `[cols / 32]`.
+    pub d: &'a [f32],
+    /// `d * sum(q)` over each 16; `[cols / 16]`.
+    pub s16: &'a [f32],
+    /// `d * sum(q)` over each 32; `[cols / 32]`.
+    pub s32: &'a [f32],
+    /// `-128 * sum(q)` over each 16; `[cols / 16]`.
+    pub c16: &'a [i32],
+    /// `-128 * sum(q)` over each 32; `[cols / 32]`.
+    pub c32: &'a [i32],
+}
+
+/// A [`QuantizedRow`] being written.
+pub struct QuantizedRowMut<'a> {
+    /// See [`QuantizedRow::q`].
+    pub q: &'a mut [i8],
+    /// See [`QuantizedRow::d`].
+    pub d: &'a mut [f32],
+    /// See [`QuantizedRow::s16`].
+    pub s16: &'a mut [f32],
+    /// See [`QuantizedRow::s32`].
+    pub s32: &'a mut [f32],
+    /// See [`QuantizedRow::c16`].
+    pub c16: &'a mut [i32],
+    /// See [`QuantizedRow::c32`].
+    pub c32: &'a mut [i32],
+}
+
+/// Outputs (weight rows) in one panel.
+pub const PANEL: usize = 16;
+
+/// 16 weight rows unpacked for many-row products. Codes are interleaved `[cols/4][16][4]`, so that 64 bytes hold four
+/// consecutive columns of 16 rows; scales and minimums are `[cols/sub][16]`.
+#[derive(Clone, Copy)]
+pub struct CodePanel<'a> {
+    /// Signed codes, or codes + 128 where the kernels set [`Kernels::biased_codes`].
+    pub codes: &'a [i8],
+    /// Scales.
+    pub scale: &'a [f32],
+    /// Minimums (weight = scale * code - min); empty for formats without.
+    pub min: &'a [f32],
+    /// Columns that share a scale: 16 or 32.
+    pub sub: usize,
+}
+
+/// Rows of 8-bit activations, one after another: `QuantizedRow`s of `cols` columns.
+#[derive(Clone, Copy)]
+pub struct QuantizedRows<'a> {
+    /// The arrays of all rows. Codes have room for whole blocks of [`ROW_BLOCK`] rows.
+    pub all: QuantizedRow<'a>,
+    /// Columns of a row.
+    pub cols: usize,
+    /// The same by columns, for many rows at a time: scales `[cols / 32][padded]`.
+    pub d: &'a [f32],
+    /// `s16` by columns, `[cols / 16][padded]`.
+    pub s16: &'a [f32],
+    /// `s32` by columns, `[cols / 32][padded]`.
+    pub s32: &'a [f32],
+    /// Rows rounded up to a multiple of [`ROW_BLOCK`].
+    pub padded: usize,
+}
+
+/// Rows that the widest kernels take at a time.
+pub const ROW_BLOCK: usize = 32;
+
+impl<'a> QuantizedRows<'a> {
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> QuantizedRow<'a> {
+        let (a, k) = (&self.all, self.cols);
+        QuantizedRow {
+            q: &a.q[i * k..(i + 1) * k],
+            d: &a.d[i * (k / 32)..(i + 1) * (k / 32)],
+            s16: &a.s16[i * (k / 16)..(i + 1) * (k / 16)],
+            s32: &a.s32[i * (k / 32)..(i + 1) * (k / 32)],
+            c16: &a.c16[i * (k / 16)..(i + 1) * (k / 16)],
+            c32: &a.c32[i * (k / 32)..(i + 1) * (k / 32)],
+        }
+    }
+}
+
+/// Dot products of `out.len()` packed weight rows (`data`, one after another) with one row of 8-bit activations.
+pub type DotCodes = fn(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]);
+/// Dot products of `out.len()` rows of floats with a row of f32.
+pub type DotFloats = fn(data: &[u8], x: &[f32], out: &mut [f32]);
+/// Unpacks `rows` (at most 16) packed weight rows of `cols` columns into a panel; absent rows become zeros.
+pub type PackCodes = fn(data: &[u8], rows: usize, cols: usize, codes: &mut [i8], scale: &mut [f32], min: &mut [f32]);
+/// Unpacks `rows` (at most 16) rows of `cols` floats into `[cols][16]` f32; absent rows become zeros.
+pub type PackFloats = fn(data: &[u8], rows: usize, cols: usize, out: &mut [f32]);
+/// `out[r * stride + p * 16 + o] = x[r] . panels[p][o]` for the rows `rows` of `x` and one or two
+/// panels. The rows begin at a multiple of [`ROW_BLOCK`].
+pub type MulPanels =
+    fn(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
+/// `c[r * ldc + j] (+)= sum_k a[r * lda + k] * b[j / 16][k][j % 16]` for `m` rows and `n` columns, where `b` holds
+/// panels `[k][16]` at distance `ldb`; with `add` the products are added to `c`.
+pub type Gemm = fn(shape: GemmShape, a: &[f32], b: &[f32], c: &mut [f32]);
+
+/// The sizes of a [`Gemm`].
+#[derive(Clone, Copy, Debug)]
+pub struct GemmShape {
+    /// Rows of `a` and `c`.
+    pub m: usize,
+    /// Columns of `c` (and 16-column panels of `b`, the last of which may be partly used).
+    pub n: usize,
+    /// Columns of `a`.
+    pub k: usize,
+    /// Distance between rows of `a`.
+    pub lda: usize,
+    /// Distance between panels of `b`.
+    pub ldb: usize,
+    /// Distance between rows of `c`.
+    pub ldc: usize,
+    /// Add to `c` instead of overwriting it.
+    pub add: bool,
+}
+
+/// The kernels of one instruction set.
+pub struct Kernels {
+    /// Which one.
+    pub isa: Isa,
+    /// Whether [`PackCodes`] stores codes + 128 (VNNI multiplies unsigned by signed).
+    pub biased_codes: bool,
+    /// See [`QuantizedRow`].
+    pub quantize: fn(x: &[f32], out: QuantizedRowMut<'_>),
+    /// For block formats.
+    pub dot_codes: fn(Format) -> DotCodes,
+    /// For float formats.
+    pub dot_floats: fn(Format) -> DotFloats,
+    /// For block formats.
+    pub pack_codes: fn(Format) -> PackCodes,
+    /// For float formats.
+    pub pack_floats: fn(Format) -> PackFloats,
+    /// Many rows of 8-bit activations.
+    pub mul_panels: MulPanels,
+    /// Many rows of f32.
+    pub gemm: Gemm,
+    /// f16 bits to f32, element by element.
+    pub f16_to_f32: fn(src: &[u16], dst: &mut [f32]),
+    /// f32 to f16 bits, round to nearest even.
+    pub f32_to_f16: fn(src: &[f32], dst: &mut [u16]),
+    /// Keeps the unit that multiplies 8-bit integers busy for about so many steps and gives the number of operations.
+    pub peak_int8: Option<fn(steps: u64) -> u64>,
+    /// Element-wise operations and short reductions, compiled for this instruction set.
+    pub lanes: Lanes,
+}
+
+pub(crate) use lanes::{Lanes, exp};

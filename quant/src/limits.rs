@@ -1,0 +1,46 @@
+//! What this machine can do at most, measured: the measure of every speed.
+
+use crate::buffer::Aligned;
+use crate::cpu::Cpu;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+impl Cpu {
+    /// Bytes a second that the team reads from memory: the best of several passes over a buffer that no cache holds.
+    pub fn read_bandwidth(&self) -> f64 {
+        const NUMBERS: usize = 96 << 20;
+        const TASKS: usize = 256;
+        let mut buffer = Aligned::<f32>::zeroed(NUMBERS);
+        // Fresh pages are all the same page of zeros: write each once.
+        buffer.iter_mut().step_by(1024).for_each(|x| *x = 1.0);
+        let total = AtomicU64::new(0);
+        let mut best = Duration::MAX;
+        for _ in 0..6 {
+            let start = Instant::now();
+            self.team.run(TASKS, &|t| {
+                let part = &buffer[t * (NUMBERS / TASKS)..(t + 1) * (NUMBERS / TASKS)];
+                total.fetch_add((self.kernels.lanes.sum)(part) as u64, Ordering::Relaxed);
+            });
+            best = best.min(start.elapsed());
+        }
+        std::hint::black_box(total.into_inner());
+        (4 * NUMBERS) as f64 / best.as_secs_f64()
+    }
+
+    /// Operations a second (a multiplication and an addition are two) that the team reaches on 8-bit integers in
+    /// registers: the best of several short runs. `None` where the instruction set in use has no such measure here.
+    pub fn peak_int8(&self) -> Option<f64> {
+        let peak = self.kernels.peak_int8?;
+        let tasks = self.threads();
+        let mut best = 0f64;
+        for _ in 0..8 {
+            let start = Instant::now();
+            let total = AtomicU64::new(0);
+            self.team.run(tasks, &|_| {
+                total.fetch_add(peak(200_000), Ordering::Relaxed);
+            });
+            best = best.max(total.into_inner() as f64 / start.elapsed().as_secs_f64());
+        }
+        Some(best)
+    }
+}

@@ -1,0 +1,323 @@
+//! The products of activations with frozen weights, in the two shapes that work comes in.
+//!
+//! **Few rows** (generated tokens): bound by memory. Each packed weight row is read once, where it lies, with integer
+//! dot products on 8-bit activations. **Many rows** (prompts, training, calibration): bound by arithmetic. Sixteen
+//! weight rows at a time are unpacked into cache in the layout that the matrix unit wants and used for every row.
+//!
+//! Block formats meet activations rounded to 8 bits with a scale over each 32 columns ([`QuantizedRow`]): sums of
+//! products are exact integers within a scale group and f32 across groups. Float formats meet f32 activations.
+
+use crate::buffer::Aligned;
+use crate::cpu::Cpu;
+use crate::formats::Format;
+use crate::kernels::{CodePanel, GemmShape, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK};
+use crate::threads::Disjoint;
+use std::cell::RefCell;
+
+/// Which of the two shapes of work this is. The caller says so by what the rows are, not by how many there happen to
+/// be, so that a token's numbers do not depend on what was beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Tokens known beforehand: many rows at once.
+    Prompt,
+    /// A token for each sequence, one after another: few rows.
+    Generate,
+}
+
+/// A weight matrix in its packed form: `rows` outputs of `cols` inputs, row by row.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    data: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// `None` where `data` is not exactly `rows` packed rows of `cols` weights.
+    pub fn new(format: Format, rows: usize, cols: usize, data: &'a [u8]) -> Option<Self> {
+        let bytes = format.row_bytes(cols)?.checked_mul(rows)?;
+        (bytes == data.len()).then_some(Matrix { format, rows, cols, data })
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The storage format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.data.len().checked_div(self.rows).unwrap_or(0)
+    }
+}
+
+/// Rows of activations rounded to 8 bits; the buffers are kept from call to call.
+#[derive(Default)]
+struct Quantized {
+    q: Aligned<i8>,
+    d: Aligned<f32>,
+    s16: Aligned<f32>,
+    s32: Aligned<f32>,
+    c16: Aligned<i32>,
+    c32: Aligned<i32>,
+    by_columns: [Aligned<f32>; 3],
+    padded: usize,
+}
+
+impl Quantized {
+    fn fill(&mut self, cpu: &Cpu, phase: Phase, x: &[f32], n: usize, cols: usize) {
+        self.padded = if phase == Phase::Prompt { n.next_multiple_of(ROW_BLOCK) } else { n };
+        let padded = self.padded;
+        self.q.reserve(padded * cols);
+        self.d.reserve(n * cols / 32);
+        self.s16.reserve(n * cols / 16);
+        self.s32.reserve(n * cols / 32);
+        self.c16.reserve(n * cols / 16);
+        self.c32.reserve(n * cols / 32);
+        for (turned, each) in self.by_columns.iter_mut().zip([32, 16, 32]) {
+            turned.reserve(padded * cols / each);
+        }
+        let q = Disjoint::new(&mut self.q);
+        let d = Disjoint::new(&mut self.d);
+        let s16 = Disjoint::new(&mut self.s16);
+        let s32 = Disjoint::new(&mut self.s32);
+        let c16 = Disjoint::new(&mut self.c16);
+        let c32 = Disjoint::new(&mut self.c32);
+        let by_columns = self.by_columns.each_mut().map(|turned| Disjoint::new(turned));
+        cpu.split(n, 16, &|rows| {
+            for r in rows.clone() {
+                let (a, b) = (r * cols, (r + 1) * cols);
+                // SAFETY: rows, and so these ranges, belong to one task each.
+                let row = unsafe {
+                    QuantizedRowMut {
+                        q: q.slice(a..b),
+                        d: d.slice(a / 32..b / 32),
+                        s16: s16.slice(a / 16..b / 16),
+                        s32: s32.slice(a / 32..b / 32),
+                        c16: c16.slice(a / 16..b / 16),
+                        c32: c32.slice(a / 32..b / 32),
+                    }
+                };
+                (cpu.kernels.quantize)(&x[a..b], row);
+            }
+            if phase == Phase::Prompt {
+                for (turned, (plain, each)) in by_columns.iter().zip([(&d, 32), (&s16, 16), (&s32, 32)]) {
+                    let width = cols / each;
+                    for c in 0..width {
+                        // SAFETY: these rows' places in each column belong to this task, as do the rows themselves.
+                        let column = unsafe { turned.slice(c * padded + rows.start..c * padded + rows.end) };
+                        for (r, to) in rows.clone().zip(column) {
+                            // SAFETY: as above.
+                            *to = unsafe { plain.slice(r * width + c..r * width + c + 1) }[0];
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    fn rows(&self, cols: usize) -> QuantizedRows<'_> {
+        let all =
+            QuantizedRow { q: &self.q, d: &self.d, s16: &self.s16, s32: &self.s32, c16: &self.c16, c32: &self.c32 };
+        let [d, s16, s32] = &self.by_columns;
+        QuantizedRows { all, cols, d, s16, s32, padded: self.padded }
+    }
+}
+
+/// What a thread unpacks weights into.
+#[derive(Default)]
+struct Panels {
+    codes: Aligned<i8>,
+    scale: Aligned<f32>,
+    min: Aligned<f32>,
+    floats: Aligned<f32>,
+}
+
+thread_local! {
+    static QUANTIZED: RefCell<Quantized> = RefCell::default();
+    static PANELS: RefCell<Panels> = RefCell::default();
+}
+
+impl Cpu {
+    /// `out[i][r, o] = sum_c x[r, c] * weights[i][o, c]` for the `n` rows of `x` (`[n, cols]`). Matrices that share
+    /// their input (queries, keys and values; gate and up) go in one call: the input is rounded once and the work
+    /// handed out once.
+    ///
+    /// # Panics
+    /// When the sizes do not fit each other.
+    pub fn matmul(&self, phase: Phase, x: &[f32], n: usize, weights: &[Matrix<'_>], out: &mut [&mut [f32]]) {
+        let Some(cols) = weights.first().map(|w| w.cols) else { return };
+        assert_eq!(x.len(), n * cols, "activations are not [n, cols]");
+        assert_eq!(weights.len(), out.len(), "an output for each matrix");
+        for (w, out) in weights.iter().zip(out.iter()) {
+            assert_eq!(w.cols, cols, "matrices in one call share their input");
+            assert_eq!(out.len(), n * w.rows, "output is not [n, rows]");
+        }
+        if n == 0 {
+            return;
+        }
+        QUANTIZED.with_borrow_mut(|quantized| {
+            if weights.iter().any(|w| !w.format.is_float()) {
+                quantized.fill(self, phase, x, n, cols);
+            }
+            let quantized = quantized.rows(cols);
+            let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
+            match phase {
+                Phase::Generate => self.few_rows(x, quantized, n, weights, &out),
+                Phase::Prompt => self.many_rows(x, quantized, n, weights, &out),
+            }
+        });
+    }
+
+    fn few_rows(
+        &self,
+        x: &[f32],
+        quantized: QuantizedRows<'_>,
+        n: usize,
+        weights: &[Matrix<'_>],
+        out: &[Disjoint<'_, f32>],
+    ) {
+        // Some 16 KiB of weights a task: long against a hand-out, short against a core's share of a matrix.
+        let cols = quantized.cols;
+        let tasks = tasks(weights, |w| (16384 / w.row_bytes().max(1)).next_multiple_of(8).clamp(8, 512));
+        self.team.run(tasks.len(), &|t| {
+            let (i, rows) = (tasks[t].0, tasks[t].1.clone());
+            let w = &weights[i];
+            let data = &w.data[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
+            for r in 0..n {
+                // SAFETY: a row range of a matrix belongs to one task.
+                let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
+                if w.format.is_float() {
+                    (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
+                } else {
+                    (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
+                }
+            }
+        });
+    }
+
+    fn many_rows(
+        &self,
+        x: &[f32],
+        quantized: QuantizedRows<'_>,
+        n: usize,
+        weights: &[Matrix<'_>],
+        out: &[Disjoint<'_, f32>],
+    ) {
+        let tasks = tasks(weights, |_| 2 * PANEL);
+        let cols = quantized.cols;
+        self.team.run(tasks.len(), &|t| {
+            let (i, rows) = (tasks[t].0, tasks[t].1.clone());
+            let w = &weights[i];
+            PANELS.with_borrow_mut(|panels| {
+                // Products of whole panels land here and their used columns are copied out. Small, so that it stays
+                // in the nearest cache.
+                const BLOCK: usize = 96;
+                let mut tile = [0f32; BLOCK * 2 * PANEL];
+                let width = rows.len();
+                let floats = w.format.is_float();
+                if floats {
+                    panels.unpack_floats(self, w, &rows)
+                } else {
+                    panels.unpack_codes(self, w, &rows)
+                }
+                for start in (0..n).step_by(BLOCK) {
+                    let end = n.min(start + BLOCK);
+                    if floats {
+                        let shape = GemmShape {
+                            m: end - start,
+                            n: width.next_multiple_of(PANEL),
+                            k: cols,
+                            lda: cols,
+                            ldb: cols * PANEL,
+                            ldc: 2 * PANEL,
+                            add: false,
+                        };
+                        (self.kernels.gemm)(shape, &x[start * cols..end * cols], &panels.floats, &mut tile);
+                    } else {
+                        let (two, used) = panels.code_panels(w, width);
+                        (self.kernels.mul_panels)(&two[..used], quantized, start..end, &mut tile, 2 * PANEL);
+                    }
+                    for r in start..end {
+                        // SAFETY: a column range of the output belongs to one task.
+                        let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
+                        out.copy_from_slice(&tile[(r - start) * 2 * PANEL..][..width]);
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// Cuts the rows of several matrices into tasks of `grain(matrix)` rows: (matrix, rows).
+fn tasks(weights: &[Matrix<'_>], grain: impl Fn(&Matrix<'_>) -> usize) -> Vec<(usize, std::ops::Range<usize>)> {
+    let mut tasks = Vec::new();
+    for (i, w) in weights.iter().enumerate() {
+        let grain = grain(w);
+        tasks.extend((0..w.rows).step_by(grain).map(|start| (i, start..w.rows.min(start + grain))));
+    }
+    tasks
+}
+
+/// Columns that share a scale once unpacked.
+fn sub(format: Format) -> usize {
+    if matches!(format, Format::Q2_K | Format::Q3_K | Format::Q6_K) { 16 } else { 32 }
+}
+
+fn has_min(format: Format) -> bool {
+    matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K)
+}
+
+impl Panels {
+    fn unpack_codes(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
+        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
+        self.codes.reserve(2 * code_len);
+        self.scale.reserve(2 * scale_len);
+        self.min.reserve(2 * scale_len);
+        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
+            let used = PANEL.min(rows.end - first);
+            (cpu.kernels.pack_codes)(w.format)(
+                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
+                used,
+                w.cols,
+                &mut self.codes[p * code_len..(p + 1) * code_len],
+                &mut self.scale[p * scale_len..(p + 1) * scale_len],
+                &mut self.min[p * scale_len..(p + 1) * scale_len],
+            );
+        }
+    }
+
+    fn code_panels(&self, w: &Matrix<'_>, width: usize) -> ([CodePanel<'_>; 2], usize) {
+        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
+        let panel = |p: usize| CodePanel {
+            codes: &self.codes[p * code_len..(p + 1) * code_len],
+            scale: &self.scale[p * scale_len..(p + 1) * scale_len],
+            min: if has_min(w.format) { &self.min[p * scale_len..(p + 1) * scale_len] } else { &[] },
+            sub: sub(w.format),
+        };
+        ([panel(0), panel(1)], width.div_ceil(PANEL))
+    }
+
+    fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
+        let len = w.cols * PANEL;
+        self.floats.reserve(2 * len);
+        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
+            let used = PANEL.min(rows.end - first);
+            (cpu.kernels.pack_floats)(w.format)(
+                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
+                used,
+                w.cols,
+                &mut self.floats[p * len..(p + 1) * len],
+            );
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! Attention in tiles with the online softmax (Milakov and Gimelshein 2018, Dao et al. 2022): nothing of size
+//! context x context is ever stored.
+
+use crate::buffer::Aligned;
+use crate::cpu::Cpu;
+use crate::kernels::{GemmShape, Kernels, PANEL};
+use crate::matmul::Phase;
+use crate::threads::Disjoint;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Keys of one tile. Tiles begin at multiples of this from the start of the cache, wherever the queries begin, so that
+/// a row's sums do not depend on how a prompt was cut.
+const TILE: usize = 64;
+/// Keys that one task of a generated token looks at: a long context is shared by all threads.
+const CHUNK: usize = 256;
+
+/// What all rows of an attention have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention<'a> {
+    /// Query heads; a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Columns of a head.
+    pub head_dim: usize,
+    /// What scores are multiplied by (usually `1 / sqrt(head_dim)`).
+    pub scale: f32,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// A query at `i` sees the keys `i - window < j <= i`.
+    pub window: Option<usize>,
+    /// ALiBi: `slope * (j - i)` is added to the scores of each head (Press et al. 2022).
+    pub slopes: Option<&'a [f32]>,
+    /// One more score for each head that takes its share of the softmax and is dropped.
+    pub sinks: Option<&'a [f32]>,
+}
+
+/// Keys or values of one sequence, `[kv_heads, capacity, head_dim]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Kv<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision, as bits.
+    F16(&'a [u16]),
+}
+
+impl Kv<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Kv::F32(x) => x.len(),
+            Kv::F16(x) => x.len(),
+        }
+    }
+
+    /// Copies `range` to f32.
+    fn read(&self, kernels: &Kernels, range: Range<usize>, out: &mut [f32]) {
+        match self {
+            Kv::F32(x) => out.copy_from_slice(&x[range]),
+            Kv::F16(x) => (kernels.f16_to_f32)(&x[range], out),
+        }
+    }
+}
+
+/// One sequence's rows and what it has in the cache (the rows' own keys and values included).
+#[derive(Clone, Debug)]
+pub struct AttentionSequence<'a> {
+    /// Which rows of the queries are this sequence's.
+    pub rows: Range<usize>,
+    /// Cache position of the first of them.
+    pub start: usize,
+    /// Keys.
+    pub keys: Kv<'a>,
+    /// Values.
+    pub values: Kv<'a>,
+    /// Positions that the cache has room for.
+    pub capacity: usize,
+}
+
+#[derive(Default)]
+struct Scratch {
+    queries: Aligned<f32>,
+    keys: Aligned<f32>,
+    panels: Aligned<f32>,
+    scores: Aligned<f32>,
+    out: Aligned<f32>,
+    most: Aligned<f32>,
+    total: Aligned<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Cpu {
+    /// Causal attention of the rows of `q` (`[rows, heads * head_dim]`) over each sequence's cache, into `out` (same
+    /// shape).
+    ///
+    /// # Panics
+    /// When the sizes do not fit each other.
+    pub fn attention(
+        &self,
+        phase: Phase,
+        spec: &Attention<'_>,
+        q: &[f32],
+        sequences: &[AttentionSequence<'_>],
+        out: &mut [f32],
+    ) {
+        assert!(spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads), "query heads share key heads evenly");
+        assert_eq!(q.len(), out.len(), "output differs in size from the queries");
+        for s in sequences {
+            assert!(s.start + s.rows.len() <= s.capacity, "rows beyond the cache");
+            let size = spec.kv_heads * s.capacity * spec.head_dim;
+            assert!(s.keys.len() == size && s.values.len() == size, "cache is not [kv_heads, capacity, head_dim]");
+        }
+        match phase {
+            Phase::Prompt => self.attention_prompt(spec, q, sequences, out),
+            Phase::Generate => self.attention_generate(spec, q, sequences, out),
+        }
+    }
+
+    fn attention_prompt(&self, spec: &Attention<'_>, q: &[f32], sequences: &[AttentionSequence<'_>], out: &mut [f32]) {
+        let group = spec.heads / spec.kv_heads;
+        let block = (96 / group).clamp(8, 96);
+        let mut tasks = Vec::new();
+        for (i, s) in sequences.iter().enumerate() {
+            // The last rows see the most keys: begin with them, so that no thread is left with a long task at the end.
+            for start in (s.rows.start..s.rows.end).step_by(block).rev() {
+                tasks.extend((0..spec.kv_heads).map(|h| (i, h, start..s.rows.end.min(start + block))));
+            }
+        }
+        let out = Disjoint::new(out);
+        self.team.run(tasks.len(), &|t| {
+            let (i, head, rows) = &tasks[t];
+            SCRATCH.with_borrow_mut(|scratch| {
+                self.attention_block(spec, q, &sequences[*i], *head, rows.clone(), scratch, &out);
+            });
+        });
+    }
+
+    /// The rows `rows` of the query heads that share key head `kv_head`.
+    fn attention_block(
+        &self,
+        spec: &Attention<'_>,
+        q: &[f32],
+        sequence: &AttentionSequence<'_>,
+        kv_head: usize,
+        rows: Range<usize>,
+        scratch: &mut Scratch,
+        out: &Disjoint<'_, f32>,
+    ) {
+        let (kernels, lanes) = (&self.kernels, &self.kernels.lanes);
+        let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+        let padded = dim.next_multiple_of(PANEL);
+        let count = rows.len() * group;
+        scratch.queries.reserve(count * dim);
+        scratch.keys.reserve(TILE * dim);
+        scratch.panels.reserve(TILE * padded);
+        scratch.scores.reserve(count * TILE);
+        scratch.out.reserve(count * padded);
+        scratch.most.reserve(count);
+        scratch.total.reserve(count);
+        scratch.out[..count * padded].fill(0.0);
+        scratch.most[..count].fill(f32::NEG_INFINITY);
+        scratch.total[..count].fill(0.0);
+        let width = spec.heads * dim;
+        let head_of = |i: usize| kv_head * group + i % group;
+        let position_of = |i: usize| sequence.start + (rows.start - sequence.rows.start) + i / group;
+        for i in 0..count {
+            let at = (rows.start + i / group) * width + head_of(i) * dim;
+            let row = &mut scratch.queries[i * dim..(i + 1) * dim];
+            row.copy_from_slice(&q[at..at + dim]);
+            (lanes.scale)(spec.scale, row);
+        }
+        let end = position_of(count - 1) + 1;
+        let first = spec.window.map_or(0, |w| (position_of(0) + 1).saturating_sub(w)) / TILE * TILE;
+        for tile in (first..end).step_by(TILE) {
+            let keys = TILE.min(end - tile);
+            let at = (kv_head * sequence.capacity + tile) * dim;
+            sequence.keys.read(kernels, at..at + keys * dim, &mut scratch.keys[..keys * dim]);
+            transpose(&scratch.keys, keys, dim, &mut scratch.panels);
+            let shape = GemmShape {
+                m: count,
+                n: keys.next_multiple_of(PANEL),
+                k: dim,
+                lda: dim,
+                ldb: dim * PANEL,
+                ldc: TILE,
+                add: false,
+            };
+            (kernels.gemm)(shape, &scratch.queries[..count * dim], &scratch.panels, &mut scratch.scores);
+            for i in 0..count {
+                let row = &mut scratch.scores[i * TILE..i * TILE + keys];
+                let position = position_of(i);
+                if let Some(cap) = spec.softcap {
+                    (lanes.soft_cap)(cap, row);
+                }
+                if let Some(slopes) = spec.slopes {
+                    add_slope(row, slopes[head_of(i)], tile, position);
+                }
+                let visible = visible(spec.window, position, tile, keys);
+                row[..visible.start].fill(f32::NEG_INFINITY);
+                row[visible.end..].fill(f32::NEG_INFINITY);
+                if visible.is_empty() {
+                    // Nothing to add, and no maximum to compare with.
+                    row.fill(0.0);
+                    continue;
+                }
+                let most = (lanes.max)(row).max(scratch.most[i]);
+                let shrink = lanes_exp(scratch.most[i] - most);
+                scratch.total[i] = scratch.total[i] * shrink + (lanes.exp_sum)(most, row);
+                if shrink != 1.0 {
+                    (lanes.scale)(shrink, &mut scratch.out[i * padded..(i + 1) * padded]);
+                }
+                scratch.most[i] = most;
+            }
+            sequence.values.read(kernels, at..at + keys * dim, &mut scratch.keys[..keys * dim]);
+            let ldb = panel_columns(&scratch.keys, keys, dim, &mut scratch.panels);
+            let shape = GemmShape { m: count, n: padded, k: keys, lda: TILE, ldb, ldc: padded, add: true };
+            (kernels.gemm)(shape, &scratch.scores, &scratch.panels, &mut scratch.out);
+        }
+        for i in 0..count {
+            let row = &mut scratch.out[i * padded..i * padded + dim];
+            let sink = spec.sinks.map(|sinks| sinks[head_of(i)]);
+            finish(lanes.scale, row, scratch.most[i], scratch.total[i], sink);
+            let at = (rows.start + i / group) * width + head_of(i) * dim;
+            // SAFETY: each task has rows and heads of its own.
+            unsafe { out.slice(at..at + dim) }.copy_from_slice(row);
+        }
+    }
+
+    fn attention_generate(
+        &self,
+        spec: &Attention<'_>,
+        q: &[f32],
+        sequences: &[AttentionSequence<'_>],
+        out: &mut [f32],
+    ) {
+        let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+        let width = spec.heads * dim;
+        let mut tasks = Vec::new();
+        let mut rows = Vec::new();
+        for s in sequences {
+            for (i, row) in s.rows.clone().enumerate() {
+                let position = s.start + i;
+                let first = spec.window.map_or(0, |w| (position + 1).saturating_sub(w)) / CHUNK * CHUNK;
+                let begin = tasks.len();
+                for head in 0..spec.kv_heads {
+                    for start in (first..position + 1).step_by(CHUNK) {
+                        tasks.push((s, row, position, head, start));
+                    }
+                }
+                rows.push((row, begin, (tasks.len() - begin) / spec.kv_heads));
+            }
+        }
+        // A task's part of the answer: for each head of its group the largest score, the sum of exponentials, and the
+        // weighted values.
+        let part = group * (dim + 2);
+        PARTS.with_borrow_mut(|parts| {
+            parts.reserve(tasks.len() * part);
+            let shared = Disjoint::new(parts);
+            self.team.run(tasks.len(), &|t| {
+                let (s, row, position, head, start) = tasks[t];
+                // SAFETY: each task has a part of its own.
+                let part = unsafe { shared.slice(t * part..(t + 1) * part) };
+                let q = &q[row * width + head * group * dim..][..group * dim];
+                SCRATCH
+                    .with_borrow_mut(|scratch| self.attention_chunk(spec, q, s, position, head, start, scratch, part));
+            });
+            for &(row, begin, chunks) in &rows {
+                for head in 0..spec.heads {
+                    let (kv_head, member) = (head / group, head % group);
+                    let out = &mut out[row * width + head * dim..][..dim];
+                    out.fill(0.0);
+                    let (mut most, mut total) = (f32::NEG_INFINITY, 0.0);
+                    for chunk in 0..chunks {
+                        let at = (begin + kv_head * chunks + chunk) * part + member * (dim + 2);
+                        let part = &parts[at..at + dim + 2];
+                        if part[0] == f32::NEG_INFINITY {
+                            continue;
+                        }
+                        let next = part[0].max(most);
+                        let (old, new) = (lanes_exp(most - next), lanes_exp(part[0] - next));
+                        total = total * old + part[1] * new;
+                        (self.kernels.lanes.scale)(old, out);
+                        (self.kernels.lanes.axpy)(new, &part[2..], out);
+                        most = next;
+                    }
+                    finish(self.kernels.lanes.scale, out, most, total, spec.sinks.map(|s| s[head]));
+                }
+            }
+        });
+    }
+
+    /// One row's heads of one group over the keys `start..start + CHUNK`.
+    fn attention_chunk(
+        &self,
+        spec: &Attention<'_>,
+        q: &[f32],
+        sequence: &AttentionSequence<'_>,
+        position: usize,
+        kv_head: usize,
+        start: usize,
+        scratch: &mut Scratch,
+        part: &mut [f32],
+    ) {
+        let (kernels, lanes) = (&self.kernels, &self.kernels.lanes);
+        let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+        let visible = visible(spec.window, position, start, CHUNK.min(position + 1 - start));
+        let (begin, keys) = (start + visible.start, visible.len());
+        part.fill(0.0);
+        for member in part.chunks_exact_mut(dim + 2) {
+            member[0] = f32::NEG_INFINITY;
+        }
+        if keys == 0 {
+            return;
+        }
+        scratch.queries.reserve(group * dim);
+        scratch.keys.reserve(TILE * dim);
+        scratch.scores.reserve(group * CHUNK);
+        scratch.queries[..group * dim].copy_from_slice(q);
+        (lanes.scale)(spec.scale, &mut scratch.queries[..group * dim]);
+        for tile in (0..keys).step_by(TILE) {
+            let n = TILE.min(keys - tile);
+            let at = (kv_head * sequence.capacity + begin + tile) * dim;
+            sequence.keys.read(kernels, at..at + n * dim, &mut scratch.keys[..n * dim]);
+            for g in 0..group {
+                let scores = &mut scratch.scores[g * CHUNK + tile..][..n];
+                (lanes.scores)(&scratch.queries[g * dim..(g + 1) * dim], &scratch.keys[..n * dim], scores);
+            }
+        }
+        for (g, part) in part.chunks_exact_mut(dim + 2).enumerate() {
+            let row = &mut scratch.scores[g * CHUNK..g * CHUNK + keys];
+            if let Some(cap) = spec.softcap {
+                (lanes.soft_cap)(cap, row);
+            }
+            if let Some(slopes) = spec.slopes {
+                add_slope(row, slopes[kv_head * group + g], begin, position);
+            }
+            part[0] = (lanes.max)(row);
+            part[1] = (lanes.exp_sum)(part[0], row);
+        }
+        for tile in (0..keys).step_by(TILE) {
+            let n = TILE.min(keys - tile);
+            let at = (kv_head * sequence.capacity + begin + tile) * dim;
+            sequence.values.read(kernels, at..at + n * dim, &mut scratch.keys[..n * dim]);
+            for (g, part) in part.chunks_exact_mut(dim + 2).enumerate() {
+                (lanes.mix)(&scratch.scores[g * CHUNK + tile..][..n], &scratch.keys[..n * dim], &mut part[2..]);
+            }
+        }
+    }
+}
+
+thread_local! {
+    static PARTS: RefCell<Aligned<f32>> = RefCell::default();
+}
+
+fn lanes_exp(x: f32) -> f32 {
+    crate::kernels::exp(x)
+}
+
+/// Which of the keys `tile..tile + keys` the query at `position` sees, counted from `tile`.
+fn visible(window: Option<usize>, position: usize, tile: usize, keys: usize) -> Range<usize> {
+    let first = window.map_or(0, |w| (position + 1).saturating_sub(w)).saturating_sub(tile).min(keys);
+    let end = (position + 1).saturating_sub(tile).min(keys);
+    first..end.max(first)
+}
+
+fn add_slope(row: &mut [f32], slope: f32, first: usize, position: usize) {
+    for (j, s) in row.iter_mut().enumerate() {
+        *s += slope * ((first + j) as f32 - position as f32);
+    }
+}
+
+/// Divides by the sum of exponentials, the sink's among them.
+fn finish(scale: fn(f32, &mut [f32]), row: &mut [f32], most: f32, total: f32, sink: Option<f32>) {
+    match sink {
+        Some(sink) => {
+            let next = most.max(sink);
+            let shrink = lanes_exp(most - next);
+            scale(shrink / (total * shrink + lanes_exp(sink - next)), row);
+        }
+        None => scale(1.0 / total, row),
+    }
+}
+
+/// `[keys][dim]` to panels `[keys / 16][dim][16]`.
+fn transpose(rows: &[f32], keys: usize, dim: usize, panels: &mut [f32]) {
+    for (p, first) in (0..keys).step_by(PANEL).enumerate() {
+        let panel = &mut panels[p * dim * PANEL..(p + 1) * dim * PANEL];
+        let used = PANEL.min(keys - first);
+        let rows = &rows[first * dim..(first + used) * dim];
+        if used < PANEL {
+            panel.fill(0.0);
+        }
+        for (j, row) in rows.chunks_exact(dim).enumerate() {
+            for (d, x) in row.iter().enumerate() {
+                panel[d * PANEL + j] = *x;
+            }
+        }
+    }
+}
+
+/// `[keys][dim]` to panels `[dim / 16][keys][16]`; returns the distance between panels.
+fn panel_columns(rows: &[f32], keys: usize, dim: usize, panels: &mut [f32]) -> usize {
+    for p in 0..dim.div_ceil(PANEL) {
+        let panel = &mut panels[p * keys * PANEL..(p + 1) * keys * PANEL];
+        let used = PANEL.min(dim - p * PANEL);
+        for (j, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+            to[..used].copy_from_slice(&rows[j * dim + p * PANEL..][..used]);
+            to[used..].fill(0.0);
+        }
+    }
+    keys * PANEL
+}

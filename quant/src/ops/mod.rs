@@ -1,0 +1,28 @@
+//! The rest of a model's arithmetic: norms, rotary positions, gates, attention.
+
+mod attention;
+mod rows;
+
+pub use attention::{Attention, AttentionSequence, Kv};
+
+/// The function between the two matrices of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x * (1 + erf(x / sqrt 2)) / 2`.
+    Gelu,
+    /// The approximation of `Gelu` by tanh.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Which columns of a head rotary positions turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// Pairs `(i, i + r/2)`.
+    Half,
+    /// Pairs `(2i, 2i + 1)`.
+    Interleaved,
+}

@@ -1,0 +1,164 @@
+use super::{Activation, RopeLayout};
+use crate::cpu::Cpu;
+use crate::threads::Disjoint;
+
+/// Numbers that one task of an element-wise step handles: less is not worth a hand-out.
+const GRAIN: usize = 16384;
+
+impl Cpu {
+    /// Rows of `weight.len()`: `out = x / sqrt(mean(x^2) + eps) * (weight + offset)` (Zhang and Sennrich 2019; `offset`
+    /// is 1 for the families that store the weight less one, else 0).
+    pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, offset: f32, out: &mut [f32]) {
+        let lanes = &self.kernels.lanes;
+        self.rows(weight.len(), x, out, &|x, out| {
+            let mean = (lanes.sum_squares)(x) / x.len() as f32;
+            (lanes.scale_by)(x, 1.0 / (mean + eps).sqrt(), weight, offset, out);
+        });
+    }
+
+    /// Rows of `width`: `out = (x - mean) / sqrt(variance + eps) * weight + bias` (Ba et al. 2016); an absent weight
+    /// is 1, an absent bias 0.
+    pub fn layer_norm(
+        &self,
+        x: &[f32],
+        width: usize,
+        weight: Option<&[f32]>,
+        bias: Option<&[f32]>,
+        eps: f32,
+        out: &mut [f32],
+    ) {
+        let lanes = &self.kernels.lanes;
+        self.rows(width, x, out, &|x, out| {
+            let mean = (lanes.sum)(x) / x.len() as f32;
+            for (o, x) in out.iter_mut().zip(x) {
+                *o = x - mean;
+            }
+            let variance = (lanes.sum_squares)(out) / x.len() as f32;
+            (lanes.scale)(1.0 / (variance + eps).sqrt(), out);
+            if let Some(weight) = weight {
+                for (o, w) in out.iter_mut().zip(weight) {
+                    *o *= w;
+                }
+            }
+            if let Some(bias) = bias {
+                (lanes.add)(bias, out);
+            }
+        });
+    }
+
+    /// Turns the first `rotary` columns of each head of `head_dim` columns by the row's angles. `x` is
+    /// `[rows, row_width]`, `cos` and `sin` are `[rows, rotary / 2]` (Su et al. 2021).
+    pub fn rope(
+        &self,
+        x: &mut [f32],
+        row_width: usize,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+        rotary: usize,
+        layout: RopeLayout,
+    ) {
+        let half = rotary / 2;
+        assert!(rotary <= head_dim && row_width.is_multiple_of(head_dim), "rotary columns outside of the head");
+        let rows = x.len() / row_width.max(1);
+        let rotate = self.kernels.lanes.rotate;
+        let x = Disjoint::new(x);
+        self.split(rows, (GRAIN / row_width.max(1)).max(1), &|rows| {
+            for r in rows {
+                // SAFETY: a row belongs to one task.
+                let row = unsafe { x.slice(r * row_width..(r + 1) * row_width) };
+                let (cos, sin) = (&cos[r * half..(r + 1) * half], &sin[r * half..(r + 1) * half]);
+                for head in row.chunks_exact_mut(head_dim) {
+                    match layout {
+                        RopeLayout::Half => {
+                            let (a, b) = head[..rotary].split_at_mut(half);
+                            rotate(a, b, cos, sin);
+                        }
+                        RopeLayout::Interleaved => {
+                            for ((pair, c), s) in head[..rotary].as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                                let [a, b] = *pair;
+                                *pair = [a * c - b * s, a * s + b * c];
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// `gate = act(gate) * up`.
+    pub fn gate(&self, act: Activation, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len(), "gate and up differ in size");
+        let shared = Disjoint::new(gate);
+        self.split(up.len(), GRAIN / 4, &|range| {
+            // SAFETY: ranges are disjoint.
+            (self.kernels.lanes.gate)(act, unsafe { shared.slice(range.clone()) }, &up[range]);
+        });
+    }
+
+    /// `x = act(x)`.
+    pub fn activate(&self, act: Activation, x: &mut [f32]) {
+        self.elements(x, GRAIN / 4, &|_, x| (self.kernels.lanes.activate)(act, x));
+    }
+
+    /// `x += y`.
+    pub fn add(&self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "sum of different sizes");
+        self.elements(x, GRAIN, &|start, x| (self.kernels.lanes.add)(&y[start..start + x.len()], x));
+    }
+
+    /// `x += by * y`.
+    pub fn add_scaled(&self, x: &mut [f32], by: f32, y: &[f32]) {
+        assert_eq!(x.len(), y.len(), "sum of different sizes");
+        self.elements(x, GRAIN, &|start, x| (self.kernels.lanes.axpy)(by, &y[start..start + x.len()], x));
+    }
+
+    /// Adds `bias` to each row of `x`.
+    pub fn add_bias(&self, x: &mut [f32], bias: &[f32]) {
+        for row in x.chunks_exact_mut(bias.len().max(1)) {
+            (self.kernels.lanes.add)(bias, row);
+        }
+    }
+
+    /// `x *= by`.
+    pub fn scale(&self, x: &mut [f32], by: f32) {
+        self.elements(x, GRAIN, &|_, x| (self.kernels.lanes.scale)(by, x));
+    }
+
+    /// `x = cap * tanh(x / cap)`.
+    pub fn soft_cap(&self, x: &mut [f32], cap: f32) {
+        self.elements(x, GRAIN / 4, &|_, x| (self.kernels.lanes.soft_cap)(cap, x));
+    }
+
+    /// f32 to f16 bits, round to nearest even.
+    pub fn store_f16(&self, src: &[f32], dst: &mut [u16]) {
+        (self.kernels.f32_to_f16)(src, dst);
+    }
+
+    /// f16 bits to f32.
+    pub fn load_f16(&self, src: &[u16], dst: &mut [f32]) {
+        (self.kernels.f16_to_f32)(src, dst);
+    }
+
+    fn rows(&self, width: usize, x: &[f32], out: &mut [f32], each: &(dyn Fn(&[f32], &mut [f32]) + Sync)) {
+        assert_eq!(x.len(), out.len(), "output differs in size");
+        let width = width.max(1);
+        let shared = Disjoint::new(out);
+        self.split(x.len() / width, (GRAIN / width).max(1), &|rows| {
+            for r in rows {
+                let range = r * width..(r + 1) * width;
+                // SAFETY: a row belongs to one task.
+                each(&x[range.clone()], unsafe { shared.slice(range) });
+            }
+        });
+    }
+
+    fn elements(&self, x: &mut [f32], grain: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let len = x.len();
+        let shared = Disjoint::new(x);
+        self.split(len, grain, &|range| {
+            // SAFETY: ranges are disjoint.
+            each(range.start, unsafe { shared.slice(range) });
+        });
+    }
+}

@@ -1,0 +1,490 @@
+//! Every instruction set that this machine has, against arithmetic in f64 and against the scalar kernels.
+
+use proptest::prelude::*;
+use rushlight_quant::formats::Format;
+use rushlight_quant::ops::{Activation, Attention, AttentionSequence, Kv, RopeLayout};
+use rushlight_quant::{Cpu, Isa, Matrix, Phase};
+
+fn all() -> Vec<Cpu> {
+    Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| Cpu::new(2, isa)).collect()
+}
+
+/// A small reproducible generator (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Roughly normal, standard deviation 1.
+    fn normal(&mut self) -> f32 {
+        let sum: f64 = (0..12).map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64).sum();
+        (sum - 6.0) as f32
+    }
+
+    fn normals(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.normal()).collect()
+    }
+
+    /// Random blocks whose scales are ordinary numbers.
+    fn weights(&mut self, format: Format, rows: usize, cols: usize) -> Vec<u8> {
+        let bytes = rows * format.row_bytes(cols).unwrap();
+        if format.is_float() {
+            let mut out = Vec::new();
+            for _ in 0..rows * cols {
+                let x = self.normal();
+                match format {
+                    Format::F32 => out.extend(x.to_le_bytes()),
+                    Format::F16 => out.extend(half::f16::from_f32(x).to_le_bytes()),
+                    _ => out.extend(half::bf16::from_f32(x).to_le_bytes()),
+                }
+            }
+            return out;
+        }
+        let mut out: Vec<u8> = (0..bytes).map(|_| self.next() as u8).collect();
+        // Where each format keeps its f16 numbers.
+        let halves: &[usize] = match format {
+            Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => &[0, 2],
+            Format::Q2_K => &[80, 82],
+            Format::Q3_K => &[108],
+            Format::Q6_K => &[208],
+            Format::MXFP4 => &[],
+            _ => &[0],
+        };
+        for block in out.chunks_exact_mut(format.block_bytes()) {
+            for at in halves {
+                let scale = half::f16::from_f32(self.normal() * 0.01).to_le_bytes();
+                block[*at..at + 2].copy_from_slice(&scale);
+            }
+            if format == Format::MXFP4 {
+                block[0] = 120 + (self.next() % 8) as u8;
+            }
+        }
+        out
+    }
+}
+
+fn decode(format: Format, rows: usize, cols: usize, data: &[u8]) -> Vec<f32> {
+    let mut out = vec![0.0; rows * cols];
+    let row = format.row_bytes(cols).unwrap();
+    for (out, data) in out.chunks_exact_mut(cols).zip(data.chunks_exact(row)) {
+        format.decode(data, out);
+    }
+    out
+}
+
+/// The rounding of activations that the integer paths document.
+fn rounded(x: &[f32]) -> Vec<f64> {
+    let mut out = Vec::new();
+    for x in x.chunks(32) {
+        let most = x.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let d = most / 127.0;
+        let inverse = if most == 0.0 { 0.0 } else { 127.0 / most };
+        out.extend(x.iter().map(|v| f64::from(d) * f64::from((v * inverse).round_ties_even())));
+    }
+    out
+}
+
+/// Products of rounded activations (where the format rounds them) with the decoded weights, and the sums of magnitudes
+/// that errors are measured by.
+fn reference(format: Format, x: &[f32], w: &[f32], cols: usize) -> (Vec<f64>, Vec<f64>) {
+    let x: Vec<f64> = if format.is_float() { x.iter().map(|v| f64::from(*v)).collect() } else { rounded(x) };
+    let (mut sums, mut sizes) = (Vec::new(), Vec::new());
+    for x in x.chunks(cols) {
+        for w in w.chunks(cols) {
+            sums.push(x.iter().zip(w).map(|(x, w)| x * f64::from(*w)).sum());
+            sizes.push(x.iter().zip(w).map(|(x, w)| (x * f64::from(*w)).abs()).sum::<f64>());
+        }
+    }
+    (sums, sizes)
+}
+
+fn check_matmul(format: Format, n: usize, rows: usize, cols: usize, seed: u64) {
+    let mut random = Random(seed);
+    let data = random.weights(format, rows, cols);
+    let x = random.normals(n * cols);
+    let w = decode(format, rows, cols, &data);
+    let (want, size) = reference(format, &x, &w, cols);
+    let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+    for cpu in all() {
+        for phase in [Phase::Generate, Phase::Prompt] {
+            let mut out = vec![f32::NAN; n * rows];
+            cpu.matmul(phase, &x, n, &[matrix], &mut [&mut out]);
+            for (i, ((got, want), size)) in out.iter().zip(&want).zip(&size).enumerate() {
+                // A minimum is added and taken off again: errors are relative to the larger terms.
+                let room = 1e-5 * size + 1e-6;
+                assert!(
+                    (f64::from(*got) - want).abs() <= room,
+                    "{format} {phase:?} {} [{n}x{cols}] x [{rows}x{cols}]: {i} is {got}, not {want} (of {size})",
+                    cpu.isa().name()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_format_at_the_shapes_of_real_layers() {
+    for format in Format::ALL {
+        let cols = if format.block_len() == 256 { 768 } else { 576 };
+        check_matmul(format, 1, 192, cols, 1);
+        check_matmul(format, 37, 50, cols, 2);
+    }
+}
+
+#[test]
+fn one_column_block_and_one_row() {
+    for format in Format::ALL {
+        let cols = if format.is_float() { 1 } else { format.block_len() };
+        check_matmul(format, 1, 1, cols, 3);
+        check_matmul(format, 2, 17, cols, 4);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+    #[test]
+    fn any_shape(format in 0..Format::ALL.len(), n in 1usize..70, rows in 1usize..70, blocks in 1usize..5, seed: u64) {
+        let format = Format::ALL[format];
+        let cols = if format.is_float() { blocks * 13 + seed as usize % 13 } else { blocks * format.block_len() };
+        check_matmul(format, n, rows, cols, seed);
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_neighbours_or_threads() {
+    let mut random = Random(5);
+    for format in [Format::F16, Format::Q4_0, Format::Q4_K, Format::Q6_K, Format::Q8_0] {
+        let (n, rows, cols) = (45, 70, 512);
+        let data = random.weights(format, rows, cols);
+        let x = random.normals(n * cols);
+        let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+        for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+            for phase in [Phase::Generate, Phase::Prompt] {
+                let mut together = vec![0.0; n * rows];
+                Cpu::new(1, isa).matmul(phase, &x, n, &[matrix], &mut [&mut together]);
+                let cpu = Cpu::new(3, isa);
+                for r in [0, 7, 44] {
+                    let mut alone = vec![0.0; rows];
+                    cpu.matmul(phase, &x[r * cols..(r + 1) * cols], 1, &[matrix], &mut [&mut alone]);
+                    assert_eq!(alone, together[r * rows..(r + 1) * rows], "{format} {phase:?} {}", isa.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn vnni_and_amx_give_the_same_bits() {
+    if !Isa::Amx.available() {
+        println!("skipped: no AMX on this machine");
+        return;
+    }
+    let mut random = Random(6);
+    for format in Format::ALL.into_iter().filter(|f| !f.is_float()) {
+        let (n, rows, cols) = (70, 40, 1024);
+        let data = random.weights(format, rows, cols);
+        let x = random.normals(n * cols);
+        let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+        let [a, b] = [Isa::Avx512, Isa::Amx].map(|isa| {
+            let mut out = vec![0.0; n * rows];
+            Cpu::new(2, isa).matmul(Phase::Prompt, &x, n, &[matrix], &mut [&mut out]);
+            out
+        });
+        assert_eq!(a, b, "{format}");
+    }
+}
+
+#[test]
+fn a_nan_is_never_lost() {
+    let mut random = Random(7);
+    for format in Format::ALL {
+        let (rows, cols) = (16, 512);
+        let data = random.weights(format, rows, cols);
+        let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = random.normals(cols);
+            x[300] = bad;
+            for cpu in all() {
+                for phase in [Phase::Generate, Phase::Prompt] {
+                    let mut out = vec![0.0; rows];
+                    cpu.matmul(phase, &x, 1, &[matrix], &mut [&mut out]);
+                    assert!(out.iter().any(|v| !v.is_finite()), "{format} {phase:?} {}", cpu.isa().name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_matrices_in_one_call_are_each_alone() {
+    let mut random = Random(8);
+    let cols = 256;
+    let formats = [(Format::Q4_K, 48), (Format::Q6_K, 16), (Format::F32, 20)];
+    let data: Vec<_> = formats.iter().map(|(f, rows)| random.weights(*f, *rows, cols)).collect();
+    let matrices: Vec<_> =
+        formats.iter().zip(&data).map(|((f, rows), d)| Matrix::new(*f, *rows, cols, d).unwrap()).collect();
+    let x = random.normals(5 * cols);
+    for cpu in all() {
+        for phase in [Phase::Generate, Phase::Prompt] {
+            let mut out: Vec<Vec<f32>> = formats.iter().map(|(_, rows)| vec![0.0; 5 * rows]).collect();
+            let mut views: Vec<&mut [f32]> = out.iter_mut().map(|o| o.as_mut_slice()).collect();
+            cpu.matmul(phase, &x, 5, &matrices, &mut views);
+            for (matrix, together) in matrices.iter().zip(&out) {
+                let mut alone = vec![0.0; together.len()];
+                cpu.matmul(phase, &x, 5, &[*matrix], &mut [&mut alone]);
+                assert_eq!(&alone, together);
+            }
+        }
+    }
+}
+
+/// Attention by its definition, in f64.
+fn plain_attention(
+    spec: &Attention<'_>,
+    q: &[f32],
+    start: usize,
+    keys: &[f32],
+    values: &[f32],
+    cap: usize,
+) -> Vec<f64> {
+    let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+    let rows = q.len() / (spec.heads * dim);
+    let mut out = vec![0f64; q.len()];
+    for r in 0..rows {
+        let i = start + r;
+        for h in 0..spec.heads {
+            let q = &q[(r * spec.heads + h) * dim..][..dim];
+            let first = spec.window.map_or(0, |w| (i + 1).saturating_sub(w));
+            let at = |j: usize| ((h / group) * cap + j) * dim;
+            let mut scores: Vec<f64> = (first..=i)
+                .map(|j| {
+                    let dot: f64 =
+                        q.iter().zip(&keys[at(j)..][..dim]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    let mut s = dot * f64::from(spec.scale);
+                    if let Some(cap) = spec.softcap {
+                        s = f64::from(cap) * (s / f64::from(cap)).tanh();
+                    }
+                    s + spec.slopes.map_or(0.0, |m| f64::from(m[h]) * (j as f64 - i as f64))
+                })
+                .collect();
+            if let Some(sinks) = spec.sinks {
+                scores.push(f64::from(sinks[h]));
+            }
+            let most = scores.iter().cloned().fold(f64::MIN, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
+            for (n, j) in (first..=i).enumerate() {
+                let p = (scores[n] - most).exp() / total;
+                for d in 0..dim {
+                    out[(r * spec.heads + h) * dim + d] += p * f64::from(values[at(j) + d]);
+                }
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn attention_of_every_kind() {
+    let mut random = Random(9);
+    let slopes = [0.5, 0.25, 0.1, 0.05, 0.02, 0.01];
+    let sinks = [0.3, -1.0, 2.0, 0.0, 1.0, -0.5];
+    for (heads, kv_heads, dim) in [(6, 2, 24), (4, 4, 16), (6, 1, 7), (3, 3, 64)] {
+        for kind in 0..5 {
+            let spec = Attention {
+                heads,
+                kv_heads,
+                head_dim: dim,
+                scale: 1.0 / (dim as f32).sqrt(),
+                softcap: (kind == 1).then_some(2.0),
+                window: (kind == 2).then_some(70),
+                slopes: (kind == 3).then_some(&slopes[..heads]),
+                sinks: (kind == 4).then_some(&sinks[..heads]),
+            };
+            for (start, rows) in [(0, 1), (0, 130), (300, 1), (90, 61), (255, 3), (64, 64)] {
+                let capacity = start + rows + 5;
+                let q = random.normals(rows * heads * dim);
+                let keys = random.normals(kv_heads * capacity * dim);
+                let values = random.normals(kv_heads * capacity * dim);
+                let halves = |x: &[f32]| -> Vec<u16> { x.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect() };
+                let (keys16, values16) = (halves(&keys), halves(&values));
+                let want = plain_attention(&spec, &q, start, &keys, &values, capacity);
+                for cpu in all() {
+                    for phase in [Phase::Generate, Phase::Prompt] {
+                        for (half, room) in [(false, 2e-5), (true, 4e-3)] {
+                            let (keys, values) = if half {
+                                (Kv::F16(&keys16), Kv::F16(&values16))
+                            } else {
+                                (Kv::F32(&keys), Kv::F32(&values))
+                            };
+                            let sequence = AttentionSequence { rows: 0..rows, start, keys, values, capacity };
+                            let mut out = vec![f32::NAN; q.len()];
+                            cpu.attention(phase, &spec, &q, &[sequence], &mut out);
+                            for (got, want) in out.iter().zip(&want) {
+                                assert!(
+                                    (f64::from(*got) - want).abs() < room,
+                                    "{spec:?} start {start} rows {rows} {phase:?} f16 {half} {}: {got} not {want}",
+                                    cpu.isa().name()
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_rows_do_not_depend_on_how_the_prompt_is_cut() {
+    let mut random = Random(10);
+    let spec = Attention {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 32,
+        scale: 0.2,
+        softcap: None,
+        window: None,
+        slopes: None,
+        sinks: None,
+    };
+    let (rows, capacity, width) = (200, 200, 128);
+    let q = random.normals(rows * width);
+    let keys = random.normals(2 * capacity * 32);
+    let values = random.normals(2 * capacity * 32);
+    let sequence =
+        |rows, start| AttentionSequence { rows, start, keys: Kv::F32(&keys), values: Kv::F32(&values), capacity };
+    for cpu in all() {
+        let mut whole = vec![0.0; q.len()];
+        cpu.attention(Phase::Prompt, &spec, &q, &[sequence(0..rows, 0)], &mut whole);
+        for (from, to) in [(0, 70), (70, 71), (71, 200)] {
+            let mut part = vec![0.0; (to - from) * width];
+            let sequences = [sequence(0..to - from, from)];
+            cpu.attention(Phase::Prompt, &spec, &q[from * width..to * width], &sequences, &mut part);
+            assert_eq!(part, whole[from * width..to * width], "{}", cpu.isa().name());
+        }
+    }
+}
+
+#[test]
+fn small_operations() {
+    let mut random = Random(11);
+    let (rows, width) = (37, 75);
+    let x = random.normals(rows * width);
+    let (w, b) = (random.normals(width), random.normals(width));
+    for cpu in all() {
+        let isa = cpu.isa().name();
+        let near = |got: f32, want: f64, room: f64| {
+            assert!((f64::from(got) - want).abs() <= room * want.abs().max(1.0), "{isa}: {got} is not {want}")
+        };
+        let mut out = vec![0.0; x.len()];
+        cpu.rms_norm(&x, &w, 1e-5, 1.0, &mut out);
+        for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+            let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+            for i in 0..width {
+                near(out[i], f64::from(x[i]) / (mean + 1e-5).sqrt() * (f64::from(w[i]) + 1.0), 2e-6);
+            }
+        }
+        cpu.layer_norm(&x, width, Some(&w), Some(&b), 1e-5, &mut out);
+        for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+            let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / width as f64;
+            let variance = x.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / width as f64;
+            for i in 0..width {
+                let want = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt() * f64::from(w[i]) + f64::from(b[i]);
+                near(out[i], want, 4e-6);
+            }
+        }
+        let points: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.005).collect();
+        let up: Vec<f32> = points.iter().map(|p| p * 0.3 + 1.0).collect();
+        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let mut alone = points.clone();
+            cpu.activate(act, &mut alone);
+            let mut gated = points.clone();
+            cpu.gate(act, &mut gated, &up);
+            for i in 0..points.len() {
+                let x = f64::from(points[i]);
+                let want = match act {
+                    Activation::Silu => x / (1.0 + (-x).exp()),
+                    Activation::Gelu => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
+                    Activation::GeluTanh => {
+                        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+                    }
+                    Activation::Relu => x.max(0.0),
+                };
+                near(alone[i], want, 1e-6);
+                near(gated[i], want * f64::from(up[i]), 1e-6);
+            }
+        }
+        let mut capped = points.clone();
+        cpu.soft_cap(&mut capped, 5.0);
+        for (got, x) in capped.iter().zip(&points) {
+            near(*got, 5.0 * (f64::from(*x) / 5.0).tanh(), 1e-6);
+        }
+    }
+}
+
+/// The error function by the series whose terms all have one sign, in f64.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 6.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..300 {
+        term *= 2.0 * x * x / f64::from(2 * n + 1);
+        sum += term;
+    }
+    sum * (-x * x).exp() * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+#[test]
+fn rotary_positions() {
+    let mut random = Random(12);
+    let (rows, heads, dim, rotary) = (5, 3, 20, 12);
+    let x = random.normals(rows * heads * dim);
+    let angles = random.normals(rows * rotary / 2);
+    let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+    let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+    for cpu in all() {
+        for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+            let mut out = x.clone();
+            cpu.rope(&mut out, heads * dim, dim, &cos, &sin, rotary, layout);
+            for r in 0..rows {
+                for h in 0..heads {
+                    let at = (r * heads + h) * dim;
+                    for i in 0..rotary / 2 {
+                        let (a, b) = match layout {
+                            RopeLayout::Half => (i, i + rotary / 2),
+                            RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                        };
+                        let (c, s) = (cos[r * rotary / 2 + i], sin[r * rotary / 2 + i]);
+                        assert!((out[at + a] - (x[at + a] * c - x[at + b] * s)).abs() < 1e-6);
+                        assert!((out[at + b] - (x[at + a] * s + x[at + b] * c)).abs() < 1e-6);
+                    }
+                    assert_eq!(out[at + rotary..at + dim], x[at + rotary..at + dim], "unturned columns stay");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn halves_round_as_the_format_says() {
+    let mut random = Random(13);
+    let mut x: Vec<f32> = random.normals(100);
+    x.extend([0.0, -0.0, 65504.0, 65520.0, 1e-8, 6e-8, 5.96e-8, f32::INFINITY, 1e30, 0.333]);
+    for cpu in all() {
+        let mut bits = vec![0; x.len()];
+        cpu.store_f16(&x, &mut bits);
+        let want: Vec<u16> = x.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
+        assert_eq!(bits, want, "{}", cpu.isa().name());
+        let mut back = vec![0.0; x.len()];
+        cpu.load_f16(&bits, &mut back);
+        let want: Vec<f32> = bits.iter().map(|b| half::f16::from_bits(*b).to_f32()).collect();
+        assert_eq!(back, want, "{}", cpu.isa().name());
+    }
+}

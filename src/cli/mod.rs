@@ -1,0 +1,177 @@
+//! The commands: arguments in, words and progress out. One file per command.
+
+mod bench;
+mod chat;
+mod info;
+mod interrupt;
+mod list;
+mod logits;
+mod markdown;
+mod options;
+mod perplexity;
+mod progress;
+#[cfg(feature = "hub")]
+mod pull;
+mod run;
+mod tokenize;
+
+pub use options::{Global, ModelOptions, SamplingOptions};
+pub use progress::Progress;
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Quantize, chat with and train language models on an ordinary computer.
+#[derive(Debug, Parser)]
+#[command(name = "rushlight", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    after_help = "MODEL is a .gguf file (or the first of a split set), a Hugging Face directory, or the name of a \
+    model in the local store, which `rushlight pull` fills (`rushlight list` shows it).\n\nThe store is \
+    $RUSHLIGHT_HOME/models; without RUSHLIGHT_HOME it is in the system's place for application data \
+    (~/.local/share/rushlight on Linux). RUSHLIGHT_ISA=scalar|avx2|avx512|amx|neon forces a set of kernels.\n\nExit \
+    status: 0 done, 1 the work failed, 2 the arguments are wrong."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    global: Global,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[cfg(feature = "hub")]
+    Pull(pull::Args),
+    List(list::Args),
+    Info(info::Args),
+    Chat(Box<chat::Args>),
+    Run(Box<run::Args>),
+    Perplexity(perplexity::Args),
+    Tokenize(tokenize::TokenizeArgs),
+    Logits(logits::Args),
+    Bench(bench::Args),
+}
+
+/// The arguments are wrong in a way that only looking further could show: exit status 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Ended by Ctrl-C: exit status 130, and nothing to say.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let asked =
+                matches!(e.kind(), clap::error::ErrorKind::DisplayHelp | clap::error::ErrorKind::DisplayVersion);
+            // A closed pipe is the only thing that can go wrong here.
+            e.print().ok();
+            return ExitCode::from(if asked { 0 } else { 2 });
+        }
+    };
+    cli.global.start_logging();
+    let global = &cli.global;
+    let result = match &cli.command {
+        #[cfg(feature = "hub")]
+        Command::Pull(args) => pull::run(args, global),
+        Command::List(args) => list::run(args),
+        Command::Info(args) => info::run(args, global),
+        Command::Chat(args) => chat::run(args, global),
+        Command::Run(args) => run::run(args, global),
+        Command::Perplexity(args) => perplexity::run(args, global),
+        Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
+        Command::Logits(args) => logits::run(args, global),
+        Command::Bench(args) => bench::run(args, global),
+    };
+    match result.and_then(|()| Ok(std::io::stdout().flush()?)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => report(&e),
+    }
+}
+
+/// `args` with its MODEL looked up in the store.
+fn with_path(args: &tokenize::TokenizeArgs) -> anyhow::Result<tokenize::TokenizeArgs> {
+    let mut args = args.clone();
+    if let Some(model) = &mut args.model {
+        *model = crate::store::Store::open()?.resolve(model)?.to_string_lossy().into_owned();
+    }
+    Ok(args)
+}
+
+/// One line on standard error, and the exit status.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let closed = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    };
+    if error.chain().any(closed) {
+        // Whoever reads has seen enough.
+        return ExitCode::SUCCESS;
+    }
+    if error.is::<Interrupted>() {
+        return ExitCode::from(130);
+    }
+    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
+    writeln!(std::io::stderr(), "error: {line}").ok();
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// Prints `value` as one line of JSON.
+pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    serde_json::to_writer(&mut out, value).map_err(std::io::Error::from)?;
+    writeln!(out)?;
+    Ok(out.flush()?)
+}
+
+/// A number of bytes as people say it.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = if unit == 0 || value >= 99.5 { 0 } else { 1 };
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(
+            [0, 999, 1000, 98_700_000, 1_120_000_000].map(size),
+            ["0 B", "999 B", "1.0 kB", "98.7 MB", "1.1 GB"]
+        );
+        assert_eq!(size(999_900), "1.0 MB");
+    }
+}

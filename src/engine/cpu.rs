@@ -1,0 +1,316 @@
+//! The CPU as the decoder's backend: every operation at once, in buffers that are used again.
+
+use super::kv::KvCache;
+use rushlight_models::backend::{AttentionSpec, Backend, Batch, Sequence};
+use rushlight_models::model::{Linear, Model, NormWeights, Table};
+use rushlight_models::spec::{Norm, NormKind};
+use rushlight_models::{Error, Result};
+use rushlight_quant::buffer::Aligned;
+use rushlight_quant::ops::{Activation, Attention, AttentionSequence, RopeLayout};
+use rushlight_quant::{Cpu, Phase};
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Buffers not in use. A forward pass takes and returns a few hundred; after the first one it finds them all here.
+#[derive(Default)]
+struct Pool(Mutex<Vec<Aligned<f32>>>);
+
+impl Pool {
+    /// The smallest free buffer of at least `len`, or a new one.
+    fn take(&self, len: usize) -> Aligned<f32> {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let best = (0..free.len()).filter(|&i| free[i].len() >= len).min_by_key(|&i| free[i].len());
+        match best {
+            Some(i) => free.swap_remove(i),
+            None => Aligned::zeroed(len),
+        }
+    }
+
+    fn put_back(&self, buffer: Aligned<f32>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+
+    fn bytes(&self) -> u64 {
+        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        free.iter().map(|b| 4 * b.len() as u64).sum()
+    }
+}
+
+/// A matrix of activations, `[rows, width]`. Its memory goes back to the pool when it is dropped.
+pub struct Activations {
+    buffer: Aligned<f32>,
+    len: usize,
+    width: usize,
+    pool: Arc<Pool>,
+}
+
+impl Activations {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.len.checked_div(self.width).unwrap_or(0)
+    }
+
+    /// One row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self[row * self.width..][..self.width]
+    }
+}
+
+impl Deref for Activations {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.buffer[..self.len]
+    }
+}
+
+impl DerefMut for Activations {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.buffer[..self.len]
+    }
+}
+
+impl Drop for Activations {
+    fn drop(&mut self) {
+        self.pool.put_back(std::mem::take(&mut self.buffer));
+    }
+}
+
+/// Cosines and sines for the rows of a batch, `[rows, dim / 2]` each.
+#[derive(Default)]
+struct Angles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    dim: usize,
+    layout: Option<RopeLayout>,
+}
+
+/// The CPU with the KV cache of its sequences.
+pub struct CpuBackend {
+    cpu: Cpu,
+    pool: Arc<Pool>,
+    /// The cache.
+    pub kv: KvCache,
+    /// Of the current batch.
+    phase: Phase,
+    sequences: Vec<Sequence>,
+    angles: Vec<Angles>,
+}
+
+impl CpuBackend {
+    /// A backend that computes on `cpu` and remembers in `kv`.
+    pub fn new(cpu: Cpu, kv: KvCache) -> Self {
+        let (pool, sequences, angles) = Default::default();
+        CpuBackend { cpu, pool, kv, phase: Phase::Prompt, sequences, angles }
+    }
+
+    /// The worker team and its kernels.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// Bytes held in buffers that are free now.
+    pub fn scratch(&self) -> u64 {
+        self.pool.bytes()
+    }
+
+    /// Empties every slot but for the prefix that an adapter gave the model.
+    pub fn put_prefix(&mut self, model: &Model) {
+        for slot in 0..self.kv.shape().slots {
+            self.kv.set_len(slot, 0);
+            let Some(prefix) = &model.prefix else { continue };
+            for (layer, (keys, values)) in prefix.layers.iter().enumerate() {
+                self.kv.store(&self.cpu, slot, layer, 0, keys, values);
+            }
+            self.kv.set_len(slot, prefix.len);
+        }
+    }
+
+    /// Drops the positions `range` of `slot`; those behind it move down.
+    pub fn forget(&mut self, model: &Model, slot: usize, range: Range<usize>) {
+        let rotary = |layer: usize| model.spec.layers[layer].rope.map(|r| &model.rotaries[r]);
+        self.kv.forget(&self.cpu, slot, range, rotary);
+    }
+
+    fn new_tensor(&self, rows: usize, width: usize) -> Activations {
+        let len = rows * width;
+        Activations { buffer: self.pool.take(len), len, width, pool: self.pool.clone() }
+    }
+
+    /// Adds to `y` what the adapters of `layer` make of `x`.
+    fn adapt(&self, x: &Activations, layer: &Linear, y: &mut Activations) {
+        let n = x.rows();
+        let base = layer.adapters.iter().any(|a| a.gain.is_some()).then(|| {
+            let mut base = self.new_tensor(n, y.width);
+            base.copy_from_slice(y);
+            base
+        });
+        for adapter in &layer.adapters {
+            let mut low = self.new_tensor(n, adapter.a.rows());
+            self.cpu.matmul(self.phase, x, n, &[adapter.a.matrix()], &mut [&mut low]);
+            let mut change = self.new_tensor(n, y.width);
+            self.cpu.matmul(self.phase, &low, n, &[adapter.b.matrix()], &mut [&mut change]);
+            match (&adapter.gain, &base) {
+                (Some(gain), Some(base)) => {
+                    let rows = y.chunks_exact_mut(gain.len()).zip(base.chunks_exact(gain.len()));
+                    for ((y, base), change) in rows.zip(change.chunks_exact(gain.len())) {
+                        for o in 0..gain.len() {
+                            let changed = gain[o] * (base[o] + adapter.scale * change[o]);
+                            y[o] += adapter.strength * (changed - base[o]);
+                        }
+                    }
+                }
+                _ => self.cpu.add_scaled(y, adapter.scale * adapter.strength, &change),
+            }
+        }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = Activations;
+
+    fn begin(&mut self, model: &Model, batch: &Batch<'_>) -> Result<()> {
+        self.phase = batch.phase;
+        self.sequences.clear();
+        self.sequences.extend_from_slice(batch.sequences);
+        self.angles.resize_with(model.rotaries.len(), Angles::default);
+        for (angles, rotary) in self.angles.iter_mut().zip(&model.rotaries) {
+            let half = rotary.dim() / 2;
+            (angles.dim, angles.layout) = (rotary.dim(), Some(rotary.layout));
+            angles.cos.resize(batch.ids.len() * half, 0.0);
+            angles.sin.resize(batch.ids.len() * half, 0.0);
+            let rows = angles.cos.chunks_exact_mut(half).zip(angles.sin.chunks_exact_mut(half));
+            let positions = batch.sequences.iter().flat_map(|s| s.start..s.start + s.len);
+            for ((cos, sin), position) in rows.zip(positions) {
+                rotary.angles(position, cos, sin);
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Table, ids: &[u32]) -> Result<Activations> {
+        let weight = table.weight();
+        let mut x = self.new_tensor(ids.len(), weight.cols());
+        for (&id, row) in ids.iter().zip(x.chunks_exact_mut(weight.cols())) {
+            let id = id as usize;
+            if id >= weight.rows() {
+                return Err(Error::model(format!("token {id} is not in the vocabulary of {}", weight.rows())));
+            }
+            weight.format().decode(weight.row(id), row);
+        }
+        Ok(x)
+    }
+
+    fn linears<const N: usize>(&mut self, x: &Activations, layers: [&Linear; N]) -> Result<[Activations; N]> {
+        let n = x.rows();
+        let mut ys = layers.map(|l| self.new_tensor(n, l.weight().rows()));
+        let weights = layers.map(|l| l.weight().matrix());
+        self.cpu.matmul(self.phase, x, n, &weights, &mut ys.each_mut().map(|y| &mut **y));
+        for (y, layer) in ys.iter_mut().zip(layers) {
+            if !layer.adapters.is_empty() {
+                self.adapt(x, layer, y);
+            }
+            if let Some(bias) = &layer.bias {
+                self.cpu.add_bias(y, &bias.values);
+            }
+        }
+        Ok(ys)
+    }
+
+    fn norm(&mut self, x: &Activations, width: usize, norm: &Norm, weights: &NormWeights) -> Result<Activations> {
+        let mut y = self.new_tensor(x.rows(), x.width);
+        let weight = weights.weight.as_ref().map(|w| &w.values[..]);
+        match (norm.kind, weight) {
+            (NormKind::Rms, Some(weight)) => self.cpu.rms_norm(x, weight, norm.eps, norm.weight_offset, &mut y),
+            (NormKind::Rms, None) => return Err(Error::model("an RMS norm without a weight")),
+            (NormKind::Layer { .. }, weight) => {
+                let bias = weights.bias.as_ref().map(|b| &b.values[..]);
+                self.cpu.layer_norm(x, width, weight, bias, norm.eps, &mut y);
+            }
+        }
+        Ok(y)
+    }
+
+    fn rope(&mut self, mut x: Activations, head_dim: usize, rope: usize) -> Result<Activations> {
+        let angles = &self.angles[rope];
+        let width = x.width;
+        if let Some(layout) = angles.layout {
+            self.cpu.rope(&mut x, width, head_dim, &angles.cos, &angles.sin, angles.dim, layout);
+        }
+        Ok(x)
+    }
+
+    fn attention(
+        &mut self,
+        spec: &AttentionSpec,
+        q: Activations,
+        k: Activations,
+        v: Activations,
+    ) -> Result<Activations> {
+        let mut row = 0;
+        for s in &self.sequences {
+            let rows = row * k.width..(row + s.len) * k.width;
+            self.kv.store(&self.cpu, s.slot, spec.layer, s.start, &k[rows.clone()], &v[rows]);
+            row += s.len;
+        }
+        let mut out = self.new_tensor(q.rows(), q.width);
+        let attention = Attention {
+            heads: spec.heads,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            scale: spec.scale,
+            softcap: spec.softcap,
+            window: spec.window,
+            slopes: None,
+            sinks: None,
+        };
+        let mut row = 0;
+        let mut next = |s: &Sequence| {
+            let (keys, values) = self.kv.view(s.slot, spec.layer);
+            let rows = row..row + s.len;
+            row = rows.end;
+            AttentionSequence { rows, start: s.start, keys, values, capacity: self.kv.shape().capacity }
+        };
+        match &self.sequences[..] {
+            // The usual case needs no list.
+            [s] => self.cpu.attention(self.phase, &attention, &q, &[next(s)], &mut out),
+            all => {
+                let all: Vec<_> = all.iter().map(next).collect();
+                self.cpu.attention(self.phase, &attention, &q, &all, &mut out);
+            }
+        }
+        Ok(out)
+    }
+
+    fn gate(&mut self, act: Activation, mut gate: Activations, up: Activations) -> Result<Activations> {
+        self.cpu.gate(act, &mut gate, &up);
+        Ok(gate)
+    }
+
+    fn activate(&mut self, act: Activation, mut x: Activations) -> Result<Activations> {
+        self.cpu.activate(act, &mut x);
+        Ok(x)
+    }
+
+    fn add(&mut self, mut x: Activations, y: Activations) -> Result<Activations> {
+        self.cpu.add(&mut x, &y);
+        Ok(x)
+    }
+
+    fn scale(&mut self, mut x: Activations, by: f32) -> Result<Activations> {
+        self.cpu.scale(&mut x, by);
+        Ok(x)
+    }
+
+    fn softcap(&mut self, mut x: Activations, cap: f32) -> Result<Activations> {
+        self.cpu.soft_cap(&mut x, cap);
+        Ok(x)
+    }
+
+    fn rows(&mut self, x: &Activations, rows: &[usize]) -> Result<Activations> {
+        let mut out = self.new_tensor(rows.len(), x.width);
+        for (out, &row) in out.chunks_exact_mut(x.width).zip(rows) {
+            out.copy_from_slice(x.row(row));
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,194 @@
+//! The key/value cache: what attention remembers of each sequence.
+
+use anyhow::{Result, bail};
+use rushlight_models::rope::Rotary;
+use rushlight_quant::Cpu;
+use rushlight_quant::ops::Kv;
+use std::ops::Range;
+
+/// Numbers of one layer, `[kv_heads, capacity, head_dim]`, on a 64-byte boundary. Allocated as zero pages, which the
+/// system hands out as they are first written: an unused context costs no memory.
+enum Cells {
+    F32(Vec<f32>, usize),
+    F16(Vec<u16>, usize),
+}
+
+impl Cells {
+    fn new(half: bool, len: usize) -> Cells {
+        match half {
+            true => {
+                let cells = vec![0u16; len + 32];
+                let start = cells.as_ptr().align_offset(64).min(32);
+                Cells::F16(cells, start)
+            }
+            false => {
+                let cells = vec![0f32; len + 16];
+                let start = cells.as_ptr().align_offset(64).min(16);
+                Cells::F32(cells, start)
+            }
+        }
+    }
+
+    fn view(&self, len: usize) -> Kv<'_> {
+        match self {
+            Cells::F32(cells, start) => Kv::F32(&cells[*start..][..len]),
+            Cells::F16(cells, start) => Kv::F16(&cells[*start..][..len]),
+        }
+    }
+
+    fn write(&mut self, cpu: &Cpu, at: usize, values: &[f32]) {
+        match self {
+            Cells::F32(cells, start) => cells[*start + at..][..values.len()].copy_from_slice(values),
+            Cells::F16(cells, start) => cpu.store_f16(values, &mut cells[*start + at..][..values.len()]),
+        }
+    }
+
+    fn read(&self, cpu: &Cpu, at: usize, out: &mut [f32]) {
+        match self {
+            Cells::F32(cells, start) => out.copy_from_slice(&cells[*start + at..][..out.len()]),
+            Cells::F16(cells, start) => cpu.load_f16(&cells[*start + at..][..out.len()], out),
+        }
+    }
+
+    fn copy_within(&mut self, from: Range<usize>, to: usize) {
+        match self {
+            Cells::F32(cells, start) => cells.copy_within(*start + from.start..*start + from.end, *start + to),
+            Cells::F16(cells, start) => cells.copy_within(*start + from.start..*start + from.end, *start + to),
+        }
+    }
+}
+
+/// Sizes of a cache.
+#[derive(Clone, Copy, Debug)]
+pub struct KvShape {
+    /// Sequences held at once.
+    pub slots: usize,
+    /// Layers of the model.
+    pub layers: usize,
+    /// Key and value heads of a layer.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Positions of a sequence.
+    pub capacity: usize,
+    /// f16 instead of f32.
+    pub half: bool,
+}
+
+impl KvShape {
+    /// Bytes that one position of one sequence takes.
+    pub fn bytes_per_token(&self) -> u64 {
+        let values = 2 * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64;
+        values * if self.half { 2 } else { 4 }
+    }
+
+    /// Bytes of the whole cache when full; `None` where they overflow.
+    pub fn bytes(&self) -> Option<u64> {
+        self.bytes_per_token().checked_mul(self.capacity as u64)?.checked_mul(self.slots as u64)
+    }
+}
+
+/// Keys and values of every slot and layer.
+pub struct KvCache {
+    shape: KvShape,
+    /// Keys and values, slot by slot, layer by layer.
+    cells: Vec<(Cells, Cells)>,
+    /// Positions held in each slot.
+    lens: Vec<usize>,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(shape: KvShape) -> Result<KvCache> {
+        // Asking the system for the whole of it first, without touching it, is how a size it cannot give becomes an
+        // error instead of an abort.
+        let bytes = shape.bytes().and_then(|b| usize::try_from(b).ok());
+        if bytes.is_none_or(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
+            bail!(
+                "a context of {} tokens for {} conversation(s) takes {} of memory, more than there is; \
+                 ask for a shorter one with --context",
+                shape.capacity,
+                shape.slots,
+                bytes.map_or("far too much".into(), |b| format!("{:.1} GB", b as f64 / 1e9))
+            );
+        }
+        let len = shape.kv_heads * shape.capacity * shape.head_dim;
+        let new = || (Cells::new(shape.half, len), Cells::new(shape.half, len));
+        let cells = (0..shape.slots * shape.layers).map(|_| new()).collect();
+        Ok(KvCache { shape, cells, lens: vec![0; shape.slots] })
+    }
+
+    /// The sizes it was made with.
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// Positions held in `slot`.
+    pub fn len(&self, slot: usize) -> usize {
+        self.lens[slot]
+    }
+
+    /// Says how many positions `slot` holds: more after a forward pass, fewer to forget the last ones.
+    pub fn set_len(&mut self, slot: usize, len: usize) {
+        self.lens[slot] = len.min(self.shape.capacity);
+    }
+
+    /// Writes the keys and values of `rows` positions from `start` on; both `[rows, kv_heads * head_dim]`.
+    pub fn store(&mut self, cpu: &Cpu, slot: usize, layer: usize, start: usize, keys: &[f32], values: &[f32]) {
+        let KvShape { kv_heads, head_dim, capacity, layers, .. } = self.shape;
+        let (key_cells, value_cells) = &mut self.cells[slot * layers + layer];
+        for (cells, source) in [(key_cells, keys), (value_cells, values)] {
+            for (row, source) in source.chunks_exact(kv_heads * head_dim).enumerate() {
+                for (head, source) in source.chunks_exact(head_dim).enumerate() {
+                    cells.write(cpu, (head * capacity + start + row) * head_dim, source);
+                }
+            }
+        }
+    }
+
+    /// Keys and values of a layer, `[kv_heads, capacity, head_dim]`.
+    pub fn view(&self, slot: usize, layer: usize) -> (Kv<'_>, Kv<'_>) {
+        let len = self.shape.kv_heads * self.shape.capacity * self.shape.head_dim;
+        let (keys, values) = &self.cells[slot * self.shape.layers + layer];
+        (keys.view(len), values.view(len))
+    }
+
+    /// Drops the positions `range` of `slot` and moves what follows down. Keys carry their position as a rotation, so
+    /// those that move are turned back by the width of the gap; `rotary` gives each layer's rotation.
+    pub fn forget<'r>(
+        &mut self,
+        cpu: &Cpu,
+        slot: usize,
+        range: Range<usize>,
+        rotary: impl Fn(usize) -> Option<&'r Rotary>,
+    ) {
+        const ROWS: usize = 256;
+        let KvShape { kv_heads, head_dim, capacity, layers, .. } = self.shape;
+        let (gap, moved) = (range.len(), self.lens[slot] - range.end);
+        let mut rows = vec![0.0; ROWS * head_dim];
+        for layer in 0..layers {
+            let (keys, values) = &mut self.cells[slot * layers + layer];
+            let angles = rotary(layer).map(|rotary| {
+                let half = rotary.dim() / 2;
+                let (mut cos, mut sin) = (vec![0.0; half], vec![0.0; half]);
+                rotary.shift(-(gap as isize), &mut cos, &mut sin);
+                (rotary, cos.repeat(ROWS), sin.repeat(ROWS))
+            });
+            for head in 0..kv_heads {
+                let at = |position: usize| (head * capacity + position) * head_dim;
+                values.copy_within(at(range.end)..at(range.end + moved), at(range.start));
+                keys.copy_within(at(range.end)..at(range.end + moved), at(range.start));
+                let Some((rotary, cos, sin)) = &angles else { continue };
+                for start in (0..moved).step_by(ROWS) {
+                    let n = ROWS.min(moved - start);
+                    let rows = &mut rows[..n * head_dim];
+                    keys.read(cpu, at(range.start + start), rows);
+                    let angles = n * rotary.dim() / 2;
+                    cpu.rope(rows, head_dim, head_dim, &cos[..angles], &sin[..angles], rotary.dim(), rotary.layout);
+                    keys.write(cpu, at(range.start + start), rows);
+                }
+            }
+        }
+        self.lens[slot] -= gap;
+    }
+}

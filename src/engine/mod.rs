@@ -1,0 +1,15 @@
+//! Running a model: the CPU backend, sampling, constraints, conversations.
+
+pub mod answer;
+pub mod constraint;
+pub mod cpu;
+pub mod kv;
+pub mod loaded;
+pub mod model;
+pub mod random;
+pub mod sampler;
+pub mod session;
+pub mod settings;
+pub mod stop;
+
+pub use model::{DEFAULT_CONTEXT, Engine, Memory, Options};

@@ -1,0 +1,344 @@
+//! A model that runs: tokens in, logits out.
+
+use super::cpu::{Activations, CpuBackend};
+use super::kv::{KvCache, KvShape};
+use anyhow::{Result, anyhow, bail};
+use rushlight_models::backend::{Backend, Batch, Sequence};
+use rushlight_models::checkpoint::Checkpoint;
+use rushlight_models::model::Model;
+use rushlight_models::spec::ModelSpec;
+use rushlight_models::{adapter, decoder};
+use rushlight_quant::{Cpu, Isa, Phase, physical_cores};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Prompt rows that go through the model together.
+const CHUNK: usize = 512;
+/// The context where none is asked for, unless the model's own is shorter.
+pub const DEFAULT_CONTEXT: usize = 8192;
+
+/// How a model is to be run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Threads; the physical cores where `None`.
+    pub threads: Option<usize>,
+    /// Positions of a sequence; what the model was trained for, but at most 8192, where `None`.
+    pub context: Option<usize>,
+    /// Sequences held at once; 0 counts as 1.
+    pub slots: usize,
+    /// Adapters in force from the start, each with its strength (1 as trained).
+    pub adapters: Vec<(PathBuf, f32)>,
+}
+
+/// Where the memory goes, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Weights, mapped from the file.
+    pub weights: u64,
+    /// What each position of a sequence adds to the cache.
+    pub kv_per_token: u64,
+    /// The cache when every slot is full.
+    pub kv: u64,
+    /// Buffers of activations.
+    pub scratch: u64,
+}
+
+/// A loaded model and the sequences it is working on.
+pub struct Engine {
+    checkpoint: Checkpoint,
+    model: Model,
+    backend: CpuBackend,
+    context: usize,
+    logits: Option<Activations>,
+}
+
+impl Engine {
+    /// Opens a GGUF file or a Hugging Face directory.
+    pub fn open(path: &Path, options: &Options) -> Result<Engine> {
+        Engine::from_checkpoint(Checkpoint::open(path)?, options)
+    }
+
+    /// Makes the model of `checkpoint` ready.
+    pub fn from_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Engine> {
+        let mut model = Model::load(&checkpoint)?;
+        adapter::attach(&mut model, &options.adapters)?;
+        let spec = &model.spec;
+        let context = options.context.unwrap_or(spec.context_length.min(DEFAULT_CONTEXT));
+        if context == 0 {
+            bail!("a context of 0 tokens holds nothing; leave --context out or ask for more");
+        }
+        if context > spec.context_length {
+            tracing::warn!(
+                "a context of {context} tokens is longer than the {} the model was trained for; answers may degrade",
+                spec.context_length
+            );
+        }
+        let shape = KvShape {
+            slots: options.slots.max(1),
+            layers: spec.layers.len(),
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            capacity: context.saturating_add(model.prefix.as_ref().map_or(0, |p| p.len)),
+            half: !model.is_float(),
+        };
+        let kv = KvCache::new(shape)?;
+        let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
+        let cpu = Cpu::new(options.threads.unwrap_or_else(physical_cores).max(1), isa);
+        let mut backend = CpuBackend::new(cpu, kv);
+        backend.put_prefix(&model);
+        Ok(Engine { checkpoint, model, backend, context, logits: None })
+    }
+
+    /// Logits per position.
+    pub fn vocab_size(&self) -> usize {
+        self.model.spec.vocab_size
+    }
+
+    /// Positions that a slot can hold.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// The model's shape and switches.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.model.spec
+    }
+
+    /// The model as loaded.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The files it comes from.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Threads at work.
+    pub fn threads(&self) -> usize {
+        self.backend.cpu().threads()
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.backend.cpu().isa()
+    }
+
+    /// The processor that it runs on.
+    pub fn cpu(&self) -> &Cpu {
+        self.backend.cpu()
+    }
+
+    /// Sequences held at once.
+    pub fn slots(&self) -> usize {
+        self.backend.kv.shape().slots
+    }
+
+    /// Positions held in the cache of `slot`.
+    pub fn len(&self, slot: usize) -> usize {
+        self.backend.kv.len(slot) - self.prefix()
+    }
+
+    /// Positions that an adapter's prefix takes before every sequence.
+    fn prefix(&self) -> usize {
+        self.model.prefix.as_ref().map_or(0, |p| p.len)
+    }
+
+    /// Whether `slot` holds nothing.
+    pub fn is_empty(&self, slot: usize) -> bool {
+        self.len(slot) == 0
+    }
+
+    /// Where the memory goes.
+    pub fn memory(&self) -> Memory {
+        let shape = self.backend.kv.shape();
+        Memory {
+            weights: self.checkpoint.bytes(),
+            kv_per_token: shape.bytes_per_token(),
+            kv: shape.bytes().unwrap_or(u64::MAX),
+            scratch: self.backend.scratch(),
+        }
+    }
+
+    /// Puts `ids` behind what `slot` holds and gives the logits of the last of them. `progress` is told after each
+    /// chunk how many of them are done; when it says no, the logits are those of the last one done.
+    pub fn prompt(&mut self, slot: usize, ids: &[u32], progress: &mut dyn FnMut(usize) -> bool) -> Result<&[f32]> {
+        self.check_prompt(slot, ids)?;
+        let mut done = 0;
+        for chunk in ids.chunks(CHUNK) {
+            let hidden = self.forward(slot, chunk)?;
+            done += chunk.len();
+            if done == ids.len() || !progress(done) {
+                let last = self.backend.rows(&hidden, &[chunk.len() - 1])?;
+                drop(hidden);
+                self.head(&last)?;
+                break;
+            }
+        }
+        if done == ids.len() {
+            progress(done);
+        }
+        self.last_logits()
+    }
+
+    /// Puts `ids` behind what `slot` holds and shows `each` the logits of every one of them, with its position.
+    pub fn prompt_all(&mut self, slot: usize, ids: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<()> {
+        self.check_prompt(slot, ids)?;
+        // A large vocabulary's logits are made for fewer rows at a time: 64 MB of them at most.
+        let rows = ((16 << 20) / self.vocab_size()).clamp(1, CHUNK);
+        for chunk in ids.chunks(CHUNK) {
+            let start = self.len(slot);
+            let hidden = self.forward(slot, chunk)?;
+            let all: Vec<usize> = (0..chunk.len()).collect();
+            for part in all.chunks(rows) {
+                let hidden = self.backend.rows(&hidden, part)?;
+                self.head(&hidden)?;
+                if let Some(logits) = &self.logits {
+                    part.iter().enumerate().for_each(|(i, row)| each(start + row, logits.row(i)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts one token behind what each of the given slots holds; logits `[next.len(), vocabulary]`.
+    pub fn step(&mut self, next: &[(usize, u32)]) -> Result<&[f32]> {
+        let mut ids = Vec::with_capacity(next.len());
+        let mut sequences = Vec::with_capacity(next.len());
+        for (i, &(slot, id)) in next.iter().enumerate() {
+            self.check(slot, &[id])?;
+            if next[..i].iter().any(|(s, _)| *s == slot) {
+                bail!("slot {slot} was given two tokens in one step");
+            }
+            if self.len(slot) >= self.context {
+                bail!("the context of {} tokens is full", self.context);
+            }
+            ids.push(id);
+            sequences.push(Sequence { slot, start: self.backend.kv.len(slot), len: 1 });
+        }
+        if ids.is_empty() {
+            bail!("a step needs at least one token");
+        }
+        let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Generate };
+        let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
+        self.head(&hidden)?;
+        for s in &sequences {
+            self.backend.kv.set_len(s.slot, s.start + 1);
+        }
+        self.last_logits()
+    }
+
+    /// Forgets all positions of `slot` from `len` on.
+    pub fn truncate(&mut self, slot: usize, len: usize) {
+        if len < self.len(slot) {
+            self.backend.kv.set_len(slot, self.prefix() + len);
+        }
+    }
+
+    /// Drops the positions `range` of `slot` and moves those behind it down, without computing them again.
+    pub fn forget(&mut self, slot: usize, range: Range<usize>) -> Result<()> {
+        if range.start > range.end || range.end > self.len(slot) {
+            bail!("positions {}..{} are not among the {} that are held", range.start, range.end, self.len(slot));
+        }
+        if !range.is_empty() {
+            let prefix = self.prefix();
+            self.backend.forget(&self.model, slot, prefix + range.start..prefix + range.end);
+        }
+        Ok(())
+    }
+
+    /// Puts these adapters in force instead of those there were, each with its strength (1 as trained). What the slots
+    /// hold was computed with the old ones and is forgotten.
+    pub fn set_adapters(&mut self, adapters: &[(PathBuf, f32)]) -> Result<()> {
+        let before = self.model.clone();
+        adapter::attach(&mut self.model, adapters)?;
+        let shape = KvShape { capacity: self.context.saturating_add(self.prefix()), ..*self.backend.kv.shape() };
+        if shape.capacity != self.backend.kv.shape().capacity {
+            match KvCache::new(shape) {
+                Ok(kv) => self.backend.kv = kv,
+                Err(e) => {
+                    self.model = before;
+                    return Err(e);
+                }
+            }
+        }
+        self.backend.put_prefix(&self.model);
+        Ok(())
+    }
+
+    fn check(&self, slot: usize, ids: &[u32]) -> Result<()> {
+        if slot >= self.slots() {
+            bail!("there is no slot {slot}: the model was opened with {}", self.slots());
+        }
+        match ids.iter().find(|&&id| id as usize >= self.vocab_size()) {
+            Some(id) => bail!("token {id} is not in the model's vocabulary of {}", self.vocab_size()),
+            None => Ok(()),
+        }
+    }
+
+    fn check_prompt(&self, slot: usize, ids: &[u32]) -> Result<()> {
+        self.check(slot, ids)?;
+        if ids.is_empty() {
+            bail!("the prompt is empty: there is nothing to continue");
+        }
+        match (self.len(slot), self.context) {
+            (0, context) if ids.len() > context => bail!(
+                "the prompt has {} tokens but the context holds {context}; shorten it or ask for more with --context",
+                ids.len()
+            ),
+            (held, context) if ids.len() > context - held => bail!(
+                "{} more tokens do not fit: {held} of the context's {context} are taken; ask for more with --context",
+                ids.len()
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs one sequence's rows through the layers.
+    fn forward(&mut self, slot: usize, ids: &[u32]) -> Result<Activations> {
+        let sequence = Sequence { slot, start: self.backend.kv.len(slot), len: ids.len() };
+        let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
+        let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
+        self.backend.kv.set_len(slot, sequence.start + ids.len());
+        Ok(hidden)
+    }
+
+    /// Computes the logits of `hidden` and makes sure that they are numbers.
+    fn head(&mut self, hidden: &Activations) -> Result<()> {
+        self.logits = None;
+        let logits = decoder::logits(&self.model, &mut self.backend, hidden)?;
+        // Without a way out in the middle, so that it becomes vector code.
+        let finite = logits.iter().fold(true, |all, x| all & (x.to_bits() & 0x7f80_0000 != 0x7f80_0000));
+        if !finite {
+            return Err(self.not_finite());
+        }
+        self.logits = Some(logits);
+        Ok(())
+    }
+
+    fn last_logits(&self) -> Result<&[f32]> {
+        self.logits.as_deref().ok_or_else(|| anyhow!("no logits were computed"))
+    }
+
+    /// Why logits are not numbers: the first tensor with a weight that is not one, if there is any.
+    fn not_finite(&self) -> anyhow::Error {
+        let path = self.checkpoint.path().display();
+        for info in self.checkpoint.tensors() {
+            let Ok(tensor) = self.checkpoint.tensor(&info.name) else { continue };
+            let bytes = info.format.block_bytes() * (4096 / info.format.block_len());
+            let mut values = vec![0.0; 4096];
+            for part in tensor.data.chunks(bytes) {
+                let values = &mut values[..part.len() / info.format.block_bytes() * info.format.block_len()];
+                info.format.decode(part, values);
+                if values.iter().any(|v| !v.is_finite()) {
+                    return anyhow!(
+                        "{path}: tensor '{}' holds weights that are not numbers (NaN or infinite): the file is damaged; \
+                         download or convert it again",
+                        info.name
+                    );
+                }
+            }
+        }
+        anyhow!("{path}: the model's output is not a number although its weights are: activations overflowed")
+    }
+}

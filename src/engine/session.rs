@@ -1,0 +1,340 @@
+//! A conversation: messages become tokens, what the KV cache already holds is used again, the answer streams out, and
+//! a talk longer than the context goes on without its oldest turns.
+
+use super::Engine;
+use super::answer::{Answer, Finish};
+use super::constraint::Constraint;
+use super::sampler::Sampler;
+use super::settings::Sampling;
+use anyhow::{Result, bail, ensure};
+use rushlight_models::tokenizer::{ChatTemplate, RenderOptions, Tokenizer};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// A kept piece of the cache is worth moving from this many tokens on.
+const WORTH_MOVING: usize = 16;
+
+/// Something said in a conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// The text.
+    pub content: String,
+}
+
+impl Message {
+    /// What `role` says.
+    pub fn new(role: &str, content: impl Into<String>) -> Message {
+        Message { role: role.into(), content: content.into() }
+    }
+}
+
+/// How an answer is to be made.
+#[derive(Clone, Default)]
+pub struct Ask {
+    /// Sampling.
+    pub sampling: Sampling,
+    /// Most tokens; `None`: as many as fit.
+    pub max_tokens: Option<usize>,
+    /// Strings that end the answer.
+    pub stop: Vec<String>,
+    /// What it must fit.
+    pub constraint: Option<Constraint>,
+}
+
+/// What happens while an answer is made.
+pub enum Event<'a> {
+    /// So many of the prompt's new tokens are read.
+    Prompt {
+        /// Tokens read.
+        done: usize,
+        /// Tokens to read.
+        total: usize,
+    },
+    /// Text of the answer.
+    Text(&'a str),
+    /// Something the person should know.
+    Note(&'a str),
+}
+
+/// What an answer came to.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Its text.
+    pub text: String,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Tokens of the prompt, and how many of them the cache held already.
+    pub prompt_tokens: usize,
+    /// Tokens of the prompt that the cache held already.
+    pub reused: usize,
+    /// Time to read the rest.
+    pub prompt_time: Duration,
+    /// Tokens made.
+    pub tokens: usize,
+    /// Time to make them.
+    pub time: Duration,
+    /// The seed behind them.
+    pub seed: u64,
+}
+
+/// A conversation in one slot of an engine.
+pub struct Session {
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<ChatTemplate>>,
+    slot: usize,
+    /// The tokens whose keys and values the slot holds.
+    cache: Vec<u32>,
+    messages: Vec<Message>,
+}
+
+impl Session {
+    /// An empty conversation in `slot`.
+    pub fn new(tokenizer: Arc<Tokenizer>, template: Option<Arc<ChatTemplate>>, slot: usize) -> Session {
+        Session { tokenizer, template, slot, cache: Vec::new(), messages: Vec::new() }
+    }
+
+    /// What was said; it may be changed at will between answers.
+    pub fn messages(&mut self) -> &mut Vec<Message> {
+        &mut self.messages
+    }
+
+    /// Tokens in the cache.
+    pub fn held(&self) -> usize {
+        self.cache.len()
+    }
+
+    /// Forgets the cache: needed when the engine's weights or adapters change.
+    pub fn clear_cache(&mut self, engine: &mut Engine) {
+        engine.truncate(self.slot, 0);
+        self.cache.clear();
+    }
+
+    /// Answers the last message. The answer, also an interrupted one, joins the messages.
+    pub fn reply(
+        &mut self,
+        engine: &mut Engine,
+        ask: &Ask,
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Reply> {
+        // Room for an answer of some length, where the conversation can spare it.
+        let room = (engine.context() / 4).min(ask.max_tokens.unwrap_or(usize::MAX)).max(1);
+        let (ids, dropped) = self.fit(engine.context(), room)?;
+        if dropped > 0 {
+            event(Event::Note(&dropped_note(dropped)));
+        }
+        let reply = self.generate(engine, ids, true, dropped > 0, ask, interrupt, event)?;
+        self.messages.push(Message::new("assistant", reply.text.clone()));
+        Ok(reply)
+    }
+
+    /// Continues the prompt `ids` as it is, without a template.
+    pub fn complete(
+        &mut self,
+        engine: &mut Engine,
+        ids: Vec<u32>,
+        ask: &Ask,
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Reply> {
+        ensure!(!ids.is_empty(), "the prompt is empty: there is nothing to continue");
+        if ids.len() >= engine.context() {
+            bail!("{}", too_long(ids.len(), engine.context()));
+        }
+        self.generate(engine, ids, false, false, ask, interrupt, event)
+    }
+
+    fn encode(&self) -> Result<Vec<u32>> {
+        let Some(template) = &self.template else {
+            bail!("the model has no chat template: choose one with --template, or continue plain text with --raw");
+        };
+        let messages = self.messages.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
+        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+        Ok(template.encode_chat(&self.tokenizer, &messages, &options)?)
+    }
+
+    /// The messages as tokens, after dropping the oldest turns until `room` tokens are free; and how many messages
+    /// that took.
+    fn fit(&mut self, context: usize, room: usize) -> Result<(Vec<u32>, usize)> {
+        let mut dropped = 0;
+        loop {
+            let ids = self.encode()?;
+            if ids.len() + room <= context {
+                return Ok((ids, dropped));
+            }
+            match self.drop_oldest_turn() {
+                0 if ids.len() < context => return Ok((ids, dropped)),
+                0 => bail!("{}", too_long(ids.len(), context)),
+                n => dropped += n,
+            }
+        }
+    }
+
+    /// Removes the oldest question with its answer: never the system's words nor the last question. Returns the
+    /// number of messages.
+    fn drop_oldest_turn(&mut self) -> usize {
+        let is_user = |m: &Message| m.role == "user";
+        let start = self.messages.iter().position(|m| m.role != "system").unwrap_or(self.messages.len());
+        let Some(next) = self.messages.iter().skip(start + 1).position(is_user) else { return 0 };
+        self.messages.drain(start..start + 1 + next);
+        1 + next
+    }
+
+    /// Makes the cache hold a beginning of `ids`, as long as it can; `moved`: look also for a later piece of the
+    /// cache that follows once the dropped turns are cut out. Leaves `spare` tokens to be read at least.
+    fn align(&mut self, engine: &mut Engine, ids: &[u32], moved: bool, spare: usize) {
+        let most = ids.len().saturating_sub(spare);
+        let mut keep = common(&self.cache, ids);
+        if moved && keep < self.cache.len() {
+            let matches = |start: usize| common(&self.cache[start..], &ids[keep..]);
+            let best = (keep + 1..self.cache.len()).max_by_key(|&start| (matches(start), std::cmp::Reverse(start)));
+            if let Some(start) = best
+                && matches(start) >= WORTH_MOVING
+                // Where the cache cannot be cut, the tokens are simply read again.
+                && engine.forget(self.slot, keep..start).is_ok()
+            {
+                self.cache.drain(keep..start);
+                keep = common(&self.cache, ids);
+            }
+        }
+        let keep = keep.min(most);
+        engine.truncate(self.slot, keep);
+        self.cache.truncate(keep);
+    }
+
+    /// Reads the part of `ids` that the cache lacks. False: interrupted.
+    fn read(
+        &mut self,
+        engine: &mut Engine,
+        ids: &[u32],
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Option<Vec<f32>>> {
+        let rest = &ids[self.cache.len()..];
+        let total = rest.len();
+        let logits = engine.prompt(self.slot, rest, &mut |done| {
+            event(Event::Prompt { done, total });
+            !interrupt.load(Ordering::Relaxed)
+        });
+        let logits = logits.map(<[f32]>::to_vec);
+        self.cache = ids[..engine.len(self.slot).min(ids.len())].to_vec();
+        let whole = self.cache.len() == ids.len();
+        Ok(logits.map(|l| whole.then_some(l))?)
+    }
+
+    fn generate(
+        &mut self,
+        engine: &mut Engine,
+        ids: Vec<u32>,
+        chat: bool,
+        moved: bool,
+        ask: &Ask,
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Reply> {
+        let tokenizer = self.tokenizer.clone();
+        let sampler = Sampler::new(ask.sampling.clone());
+        let mut answer = Answer::new(&tokenizer, sampler, ask.constraint.clone(), &ask.stop, ask.max_tokens, &ids);
+        let start = Instant::now();
+        self.align(engine, &ids, moved, 1);
+        let reused = self.cache.len();
+        let first = self.read(engine, &ids, interrupt, event)?;
+        let prompt_time = start.elapsed();
+        let start = Instant::now();
+        let outcome = match first {
+            Some(logits) => self.continue_with(engine, &mut answer, &logits, chat, interrupt, event),
+            None => Ok(()),
+        };
+        // Whatever ended it, the text that was shown is part of the conversation.
+        answer.end(Finish::Interrupted, &mut |text| event(Event::Text(text)));
+        outcome?;
+        Ok(Reply {
+            text: answer.text().to_string(),
+            finish: answer.finish().unwrap_or(Finish::Interrupted),
+            prompt_tokens: ids.len(),
+            reused,
+            prompt_time,
+            tokens: answer.ids().len(),
+            time: start.elapsed(),
+            seed: answer.seed(),
+        })
+    }
+
+    fn continue_with(
+        &mut self,
+        engine: &mut Engine,
+        answer: &mut Answer,
+        first: &[f32],
+        chat: bool,
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<()> {
+        let mut next = answer.next(first, &mut |text| event(Event::Text(text)))?;
+        while let Some(id) = next {
+            if interrupt.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            if self.cache.len() >= engine.context() && !(chat && self.make_room(engine, answer, interrupt, event)?) {
+                if !interrupt.load(Ordering::Relaxed) {
+                    answer.end(Finish::Context, &mut |text| event(Event::Text(text)));
+                }
+                return Ok(());
+            }
+            let logits = engine.step(&[(self.slot, id)])?;
+            self.cache.push(id);
+            next = answer.next(logits, &mut |text| event(Event::Text(text)))?;
+        }
+        Ok(())
+    }
+
+    /// In the middle of an answer: drops the oldest turns and keeps the rest of the cache. False: nothing to drop.
+    fn make_room(
+        &mut self,
+        engine: &mut Engine,
+        answer: &Answer,
+        interrupt: &AtomicBool,
+        event: &mut dyn FnMut(Event),
+    ) -> Result<bool> {
+        // All but the token that is about to be read.
+        let said = &answer.ids()[..answer.ids().len() - 1];
+        let wanted = engine.context() - engine.context() / 4;
+        let mut dropped = 0;
+        let ids = loop {
+            match self.drop_oldest_turn() {
+                0 if dropped == 0 => return Ok(false),
+                0 => break [&self.encode()?, said].concat(),
+                n => dropped += n,
+            }
+            let ids = [&self.encode()?, said].concat();
+            if ids.len() <= wanted {
+                break ids;
+            }
+        };
+        if ids.len() >= engine.context() {
+            return Ok(false);
+        }
+        event(Event::Note(&dropped_note(dropped)));
+        self.align(engine, &ids, true, 0);
+        Ok(self.cache.len() == ids.len() || self.read(engine, &ids, interrupt, event)?.is_some())
+    }
+}
+
+/// Length of the common beginning.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+fn dropped_note(messages: usize) -> String {
+    format!("the context is full: the oldest {messages} messages are forgotten, the rest goes on")
+}
+
+fn too_long(tokens: usize, context: usize) -> String {
+    format!(
+        "the prompt has {tokens} tokens, but the context holds {context} and the answer needs some too: shorten the \
+         prompt, or ask for a longer context with --ctx"
+    )
+}

@@ -1,0 +1,162 @@
+//! Conversations: what the cache holds is used again, and a talk goes on past the context.
+
+mod chat_model;
+
+use rushlight::engine::answer::Finish;
+use rushlight::engine::loaded::Loaded;
+use rushlight::engine::session::{Ask, Event, Message, Reply, Session};
+use rushlight::engine::settings::Sampling;
+use rushlight::engine::{Engine, Options};
+use rushlight_models::tokenizer::Specials;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The tiny model's context in tokens, which are bytes.
+const CONTEXT: usize = 256;
+
+struct Talk {
+    _dir: tempfile::TempDir,
+    engine: Engine,
+    session: Session,
+    notes: Vec<String>,
+    prompt: Vec<u32>,
+}
+
+impl Talk {
+    fn new(context: Option<usize>) -> Talk {
+        let dir = tempfile::tempdir().unwrap();
+        chat_model::write(dir.path());
+        let options = Options { threads: Some(1), context, slots: 1, ..Options::default() };
+        let loaded = Loaded::open(dir.path(), &options).unwrap();
+        let template = loaded.template(None).unwrap();
+        let prompt = loaded.tokenizer.encode("Once upon a time", Specials::AsText).unwrap();
+        let session = Session::new(loaded.tokenizer, Some(template), 0);
+        Talk { _dir: dir, engine: loaded.engine, session, notes: Vec::new(), prompt }
+    }
+
+    fn ask(&mut self, text: &str, ask: &Ask) -> anyhow::Result<Reply> {
+        self.session.messages().push(Message::new("user", text));
+        let notes = &mut self.notes;
+        self.session.reply(&mut self.engine, ask, &AtomicBool::new(false), &mut |event| {
+            if let Event::Note(note) = event {
+                notes.push(note.to_string());
+            }
+        })
+    }
+}
+
+fn greedy(max_tokens: Option<usize>) -> Ask {
+    // No end mark: the random model must not stop by chance.
+    let sampling = Sampling { logit_bias: vec![(257, -1000.0)], ..Sampling::greedy() };
+    Ask { sampling, max_tokens, ..Ask::default() }
+}
+
+#[test]
+fn the_cache_is_used_again_and_changes_nothing() {
+    let mut talk = Talk::new(None);
+    talk.session.messages().push(Message::new("system", "Be brief."));
+    let first = talk.ask("Hello", &greedy(Some(10))).unwrap();
+    assert_eq!((first.reused, first.tokens, first.finish), (0, 10, Finish::Length));
+    let second = talk.ask("Go on", &greedy(Some(10))).unwrap();
+    // All of the first prompt, and what the text of the answer still says of its tokens.
+    assert!(second.reused >= first.prompt_tokens, "{second:?}");
+    assert!(second.reused < second.prompt_tokens);
+    let messages = talk.session.messages().clone();
+    assert_eq!(
+        messages.iter().map(|m| m.role.as_str()).collect::<Vec<_>>(),
+        ["system", "user", "assistant", "user", "assistant"]
+    );
+    // The same talk without a cache to use.
+    let mut fresh = Talk::new(None);
+    *fresh.session.messages() = messages[..3].to_vec();
+    let again = fresh.ask("Go on", &greedy(Some(10))).unwrap();
+    assert_eq!((again.text, again.reused), (second.text, 0));
+    assert!(talk.notes.is_empty());
+    // The same question once more finds all but the last token of it there.
+    talk.session.messages().pop();
+    let reply = talk.session.reply(&mut talk.engine, &greedy(Some(3)), &AtomicBool::new(false), &mut |_| {}).unwrap();
+    assert_eq!(reply.reused, reply.prompt_tokens - 1);
+}
+
+#[test]
+fn a_long_talk_goes_on_without_its_oldest_turns() {
+    let mut talk = Talk::new(None);
+    talk.session.messages().push(Message::new("system", "Sys."));
+    let mut kept = 0;
+    for turn in 0..12 {
+        let reply = talk.ask(&format!("message number {turn}"), &greedy(Some(12))).unwrap();
+        assert_eq!(reply.tokens, 12, "turn {turn}");
+        assert!(talk.engine.len(0) <= CONTEXT);
+        assert_eq!(talk.engine.len(0), talk.session.held());
+        if !talk.notes.is_empty() {
+            kept = kept.max(reply.reused);
+        }
+    }
+    assert!(talk.notes.iter().all(|n| n.contains("oldest")) && talk.notes.len() > 1, "{:?}", talk.notes);
+    let messages = talk.session.messages();
+    assert_eq!((messages[0].role.as_str(), messages[1].role.as_str()), ("system", "user"));
+    assert_eq!(messages[messages.len() - 2].content, "message number 11");
+    // What came after the dropped turns was moved, not read again.
+    assert!(kept > 60, "{kept}");
+}
+
+#[test]
+fn an_answer_may_outgrow_the_context_too() {
+    let mut talk = Talk::new(None);
+    talk.ask("first question", &greedy(Some(40))).unwrap();
+    let reply = talk.ask("second question", &greedy(Some(200))).unwrap();
+    assert!(talk.notes.iter().any(|n| n.contains("oldest 2 messages")), "{:?}", talk.notes);
+    // The one turn that is left fills the context by itself.
+    assert_eq!(talk.session.messages().len(), 2);
+    assert!(reply.tokens > 150, "{reply:?}");
+    let reply = talk.ask("third", &greedy(None)).unwrap();
+    assert_eq!(reply.finish, Finish::Context);
+    assert_eq!(talk.engine.len(0), CONTEXT);
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused_with_numbers() {
+    let mut talk = Talk::new(Some(64));
+    let error = talk.ask(&"x".repeat(100), &greedy(None)).unwrap_err().to_string();
+    assert!(error.contains("the context holds 64") && error.contains("--ctx"), "{error}");
+    let long = talk.prompt.repeat(10);
+    let event = &mut |_: Event| {};
+    let none = AtomicBool::new(false);
+    let error = talk.session.complete(&mut talk.engine, long, &greedy(None), &none, event).unwrap_err().to_string();
+    assert!(error.contains("160 tokens"), "{error}");
+    assert!(talk.session.complete(&mut talk.engine, Vec::new(), &greedy(None), &none, event).is_err());
+}
+
+#[test]
+fn an_interrupted_answer_is_kept() {
+    let mut talk = Talk::new(None);
+    talk.session.messages().push(Message::new("user", "Hello"));
+    let (stop, mut pieces) = (AtomicBool::new(false), 0);
+    let mut shown = String::new();
+    let reply = talk
+        .session
+        .reply(&mut talk.engine, &greedy(Some(100)), &stop, &mut |event| {
+            if let Event::Text(text) = event {
+                shown += text;
+                pieces += 1;
+                stop.store(pieces == 3, Ordering::Relaxed);
+            }
+        })
+        .unwrap();
+    assert_eq!(reply.finish, Finish::Interrupted);
+    assert!(reply.tokens < 20, "{reply:?}");
+    assert_eq!(shown, reply.text);
+    assert_eq!(talk.session.messages().last().unwrap(), &Message::new("assistant", reply.text));
+    // And the talk goes on.
+    assert_eq!(talk.ask("Again", &greedy(Some(5))).unwrap().tokens, 5);
+}
+
+#[test]
+fn stop_strings_are_not_shown() {
+    let mut talk = Talk::new(None);
+    let whole = talk.ask("Hello", &greedy(Some(30))).unwrap().text;
+    let stop: String = whole.chars().skip(8).take(3).collect();
+    let mut talk = Talk::new(None);
+    let cut = talk.ask("Hello", &Ask { stop: vec![stop.clone()], ..greedy(Some(30)) }).unwrap();
+    assert_eq!(cut.finish, Finish::StopString);
+    assert_eq!(cut.text, whole[..whole.find(&stop).unwrap()]);
+}
