@@ -48,12 +48,16 @@ fn open(metadata: &Metadata) -> Result<Tokenizer> {
 
 /// A byte-level vocabulary: the 256 bytes, three merges, and the marks of chatml.
 pub fn byte_level() -> Tokenizer {
+    open(&byte_level_metadata()).unwrap()
+}
+
+fn byte_level_metadata() -> Metadata {
     let mut tokens: Vec<String> = (0..=255u8).map(|b| words::spell(&[b])).collect();
     tokens.extend(["he", "ll", "hell", "<|im_start|>", "<|im_end|>", "<think>"].map(String::from));
     let mut kinds = vec![1; 259];
     kinds.extend([3, 3, 4]);
     let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
-    open(&metadata(&[
+    metadata(&[
         ("model", text("gpt2")),
         ("pre", text("gpt-2")),
         ("tokens", strings(&tokens)),
@@ -61,12 +65,15 @@ pub fn byte_level() -> Tokenizer {
         ("merges", strings(&["h e", "l l", "he ll"])),
         ("bos_token_id", Value::Unsigned(259)),
         ("eos_token_id", Value::Unsigned(260)),
-    ]))
-    .unwrap()
+    ])
 }
 
 /// A SentencePiece vocabulary with byte tokens and a few pieces.
 fn pieces(model: &str, byte_fallback: bool) -> Tokenizer {
+    open(&pieces_metadata(model, byte_fallback)).unwrap()
+}
+
+fn pieces_metadata(model: &str, byte_fallback: bool) -> Metadata {
     let mut tokens: Vec<String> = vec!["<unk>".into(), "<s>".into(), "</s>".into()];
     let mut kinds = vec![2, 3, 3];
     let mut scores = vec![0.0; 3];
@@ -81,13 +88,12 @@ fn pieces(model: &str, byte_fallback: bool) -> Tokenizer {
         scores.push(-(10.0 - k as f32));
     }
     let tokens: Vec<&str> = tokens.iter().map(String::as_str).collect();
-    open(&metadata(&[
+    metadata(&[
         ("model", text(model)),
         ("tokens", strings(&tokens)),
         ("token_type", ints(&kinds)),
         ("scores", floats(&scores)),
-    ]))
-    .unwrap()
+    ])
 }
 
 fn spelled(t: &Tokenizer, text: &str, specials: Specials) -> Vec<String> {
@@ -220,16 +226,17 @@ fn broken_tokenizer_json_is_refused_by_name() {
     assert!(t.unwrap().encode("a", Specials::Parse).is_err());
 }
 
-#[test]
-fn tokenizer_json_steps_and_marks() {
-    let source = r#"{
+const TOKENIZER_JSON: &str = r#"{
         "added_tokens": [{"id":5,"content":"<end>","special":true,"lstrip":true},{"id":4,"content":"Xy","normalized":true}],
         "normalizer": {"type":"Sequence","normalizers":[{"type":"Lowercase"}]},
         "pre_tokenizer": {"type":"Metaspace","replacement":"▁","prepend_scheme":"first","split":true},
         "post_processor": {"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<end>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],"pair":[],"special_tokens":{}},
         "decoder": {"type":"Metaspace","replacement":"▁","prepend_scheme":"first"},
         "model": {"type":"BPE","unk_token":"?","vocab":{"▁":0,"a":1,"▁a":2,"?":3},"merges":["▁ a"]}}"#;
-    let t = json::read(source.as_bytes(), Path::new("t.json")).unwrap();
+
+#[test]
+fn tokenizer_json_steps_and_marks() {
+    let t = json::read(TOKENIZER_JSON.as_bytes(), Path::new("t.json")).unwrap();
     assert_eq!(t.encode("A A", Specials::Parse).unwrap(), [2, 2]);
     assert_eq!(t.encode("a <end>a", Specials::Parse).unwrap(), [2, 5, 1]);
     // Tokens that are matched after normalisation are found however the text is written.
@@ -240,8 +247,8 @@ fn tokenizer_json_steps_and_marks() {
     assert!(!t.encode("a<end>", Specials::AsText).unwrap().contains(&5));
 }
 
-#[test]
-fn truncated_sentencepiece_and_tiktoken_files_are_refused() {
+/// A SentencePiece model of six pieces.
+fn sentencepiece_model() -> Vec<u8> {
     let mut model = Vec::new();
     for (piece, kind) in [("<unk>", 2u8), ("<s>", 3), ("</s>", 3), ("▁a", 1), ("a", 1), ("▁", 1)] {
         let mut inner = vec![0x0A, piece.len() as u8];
@@ -251,6 +258,12 @@ fn truncated_sentencepiece_and_tiktoken_files_are_refused() {
         model.extend(inner);
     }
     model.extend([0x12, 2, 0x18, 2]);
+    model
+}
+
+#[test]
+fn truncated_sentencepiece_and_tiktoken_files_are_refused() {
+    let model = sentencepiece_model();
     let path = Path::new("tokenizer.model");
     let m = sentencepiece::read(&model, path).unwrap();
     assert_eq!((m.vocabulary.len(), m.unigram, m.bos, m.eos), (6, false, Some(1), Some(2)));
@@ -354,4 +367,26 @@ fn gguf_vocabulary_goldens() {
         }
     }
     assert!(cases >= 300);
+}
+
+#[test]
+#[ignore = "writes fuzz/corpus, for scripts/fuzz.sh"]
+fn write_fuzz_seeds() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+    let vocabularies = [byte_level_metadata(), pieces_metadata("llama", false), pieces_metadata("t5", true)];
+    std::fs::create_dir_all(corpus.join("tokenizer")).unwrap();
+    for (k, metadata) in vocabularies.iter().enumerate() {
+        let path = corpus.join(format!("tokenizer/gguf-{k}"));
+        crate::checkpoint::gguf::Writer::create(&path, metadata, &[]).unwrap().finish().unwrap();
+        Tokenizer::open(&path).unwrap();
+    }
+    let unigram = r#"{"model":{"type":"Unigram","unk_id":0,"vocab":[["<unk>",0],["a",-1.5],["ab",-2]]}}"#;
+    let files = [TOKENIZER_JSON.as_bytes(), unigram.as_bytes(), &sentencepiece_model(), b"IQ== 0\nIg== 1\n"];
+    for (k, file) in files.iter().enumerate() {
+        std::fs::write(corpus.join(format!("tokenizer/file-{k}")), file).unwrap();
+    }
+    std::fs::create_dir_all(corpus.join("template")).unwrap();
+    for name in ChatTemplate::builtin_names() {
+        std::fs::write(corpus.join("template").join(name), template::builtin_source(name).unwrap()).unwrap();
+    }
 }

@@ -121,4 +121,6 @@ impl ChatTemplate {
 }
 
 #[cfg(test)]
+pub use builtin::source as builtin_source;
+#[cfg(test)]
 mod tests;
