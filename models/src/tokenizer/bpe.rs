@@ -2,10 +2,13 @@ use super::vocabulary::{Kind, Vocabulary};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
+/// The rank of each pair of ids, and the id that they become.
+pub type Merges = HashMap<(u32, u32), (u32, u32)>;
+
 /// Which neighbours are joined first.
 pub enum Order {
     /// Pairs of ids, each with its rank (lowest first) and the id they become: byte-level BPE as in tokenizer.json.
-    Merges(HashMap<(u32, u32), (u32, u32)>),
+    Merges(Merges),
     /// Any two neighbours whose joint spelling is a piece, the highest score first: SentencePiece.
     Scores(Vec<f32>),
     /// Any two neighbours whose joint spelling is a piece, the lowest id first: tiktoken.
@@ -97,6 +100,12 @@ impl Bpe {
         }
     }
 
+    /// The piece that spells `text`. SentencePiece never finds one that holds a NUL, even where it has one.
+    fn piece(&self, vocabulary: &Vocabulary, text: &str) -> Option<u32> {
+        let hidden = matches!(self.order, Order::Scores(_)) && text.contains('\0');
+        if hidden { None } else { vocabulary.text_id(text) }
+    }
+
     /// One symbol for each character, or for each byte of a character that falls back to bytes.
     fn split(&self, vocabulary: &Vocabulary, word: &str, symbols: &mut Vec<Symbol>) {
         let by_pairs = matches!(self.order, Order::Merges(_));
@@ -110,7 +119,7 @@ impl Bpe {
         };
         for (start, c) in word.char_indices() {
             let len = c.len_utf8();
-            if let Some(id) = vocabulary.text_id(&word[start..start + len]) {
+            if let Some(id) = self.piece(vocabulary, &word[start..start + len]) {
                 push(start, len, id);
             } else if !by_pairs {
                 push(start, len, NONE);
@@ -132,11 +141,11 @@ impl Bpe {
                 (i64::from(rank), id)
             }
             Order::Scores(scores) => {
-                let id = vocabulary.text_id(&word[left.start as usize..(right.start + right.len) as usize])?;
+                let id = self.piece(vocabulary, &word[left.start as usize..(right.start + right.len) as usize])?;
                 (-order_of(scores.get(id as usize).copied().unwrap_or(0.0)), id)
             }
             Order::Ids => {
-                let id = vocabulary.text_id(&word[left.start as usize..(right.start + right.len) as usize])?;
+                let id = self.piece(vocabulary, &word[left.start as usize..(right.start + right.len) as usize])?;
                 (i64::from(id), id)
             }
         };
@@ -166,7 +175,7 @@ impl Bpe {
                 continue;
             }
             let text = word.get(start as usize..(start + len) as usize).unwrap_or_default();
-            if let Some(id) = vocabulary.text_id(text) {
+            if let Some(id) = self.piece(vocabulary, text) {
                 out.push(id);
                 *unknown_before = false;
             } else if let Some(bytes) = &self.bytes {
@@ -195,7 +204,7 @@ fn order_of(score: f32) -> i64 {
 pub fn merges<'a>(
     vocabulary: &Vocabulary,
     pairs: impl Iterator<Item = Result<(&'a str, &'a str), String>>,
-) -> Result<HashMap<(u32, u32), (u32, u32)>, String> {
+) -> Result<Merges, String> {
     let mut map = HashMap::with_capacity(pairs.size_hint().0);
     let mut joint = String::new();
     for (rank, pair) in pairs.enumerate() {

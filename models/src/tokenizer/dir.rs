@@ -4,13 +4,13 @@ use super::added::{Added, Matcher};
 use super::bpe::{Bpe, Order};
 use super::unigram::Unigram;
 use super::vocabulary::Kind;
-use super::{Model, Pipeline, Specials, Spelling, Tokenizer, json, sentencepiece, tiktoken};
+use super::{Model, Pipeline, Specials, Spelling, Tokenizer, json, sentencepiece};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The contents of `dir/name`; `None` where there is no such file.
 pub fn optional(dir: &Path, name: &str) -> Result<Option<Vec<u8>>> {
@@ -30,19 +30,9 @@ pub fn optional_json(dir: &Path, name: &str) -> Result<Value> {
 
 /// Reads the tokenizer in `dir`, and what the files around it say about its special tokens.
 pub fn read(dir: &Path) -> Result<Tokenizer> {
-    let mut tokenizer = if let Some(bytes) = optional(dir, "tokenizer.json")? {
-        json::read(&bytes, &dir.join("tokenizer.json"))?
-    } else if let Some(bytes) = optional(dir, "tokenizer.model")? {
-        let path = dir.join("tokenizer.model");
-        if tiktoken::is_one(&bytes) { tiktoken::read(&bytes, &path)? } else { from_sentencepiece(&bytes, &path)? }
-    } else {
-        let entries = fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
-        let mut files = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "tiktoken"));
-        let path = files.next().ok_or_else(|| {
-            Error::file(dir, "no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken) in this directory")
-        })?;
-        tiktoken::read(&fs::read(&path).map_err(|e| Error::io(&path, e))?, &path)?
-    };
+    let (bytes, path) = find(dir)?;
+    let mut tokenizer = Tokenizer::from_bytes(&bytes, &path)?;
+    drop(bytes);
     let config = optional_json(dir, "tokenizer_config.json")?;
     add_tokens(&mut tokenizer, &config, &dir.join("tokenizer_config.json"))?;
     let map = optional_json(dir, "special_tokens_map.json")?;
@@ -79,6 +69,21 @@ pub fn read(dir: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The contents and the path of the tokenizer's file.
+fn find(dir: &Path) -> Result<(Vec<u8>, PathBuf)> {
+    for name in ["tokenizer.json", "tokenizer.model"] {
+        if let Some(bytes) = optional(dir, name)? {
+            return Ok((bytes, dir.join(name)));
+        }
+    }
+    let entries = fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
+    let mut files = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "tiktoken"));
+    let path = files.next().ok_or_else(|| {
+        Error::file(dir, "no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken) in this directory")
+    })?;
+    Ok((fs::read(&path).map_err(|e| Error::io(&path, e))?, path))
+}
+
 /// Adds the tokens of `added_tokens_decoder` that the tokenizer's own file does not list. Its library does not parse
 /// them in plain text, so neither do we, except where a template asks for them.
 fn add_tokens(tokenizer: &mut Tokenizer, config: &Value, path: &Path) -> Result<()> {
@@ -90,15 +95,18 @@ fn add_tokens(tokenizer: &mut Tokenizer, config: &Value, path: &Path) -> Result<
         let mut token: json::AddedToken = serde_json::from_value(token.clone()).map_err(|e| bad(e.to_string()))?;
         token.id = id.parse().map_err(|_| bad(format!("{id:?} is not a token id")))?;
         token.normalized = false;
-        if !listed.contains(&token.id) {
-            marks.extend(json::add(&mut tokenizer.vocabulary, token, false).map_err(|e| bad(e.to_string()))?);
+        if !listed.contains(&token.id) && !token.content.is_empty() {
+            let id = token.id;
+            tokenizer.vocabulary.rename(id, &token.content, token.kind()).map_err(|e| bad(e.to_string()))?;
+            marks.push(Added { native: false, ..token.at(id) });
         }
     }
     tokenizer.marks = Matcher::new(marks);
     Ok(())
 }
 
-fn from_sentencepiece(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
+/// A tokenizer from the `bytes` of the SentencePiece model `path`.
+pub fn from_sentencepiece(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
     let m = sentencepiece::read(bytes, path)?;
     let vocabulary = m.vocabulary;
     let of_kind = |wanted: Kind, special: bool| {

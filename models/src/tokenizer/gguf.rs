@@ -1,7 +1,7 @@
 //! Tokenizers from the metadata of GGUF files.
 
 use super::added::{Added, Matcher};
-use super::bpe::{self, Bpe, Order};
+use super::bpe::{self, Bpe, Merges, Order};
 use super::charsmap::Charsmap;
 use super::pre;
 use super::sentencepiece::Whitespace;
@@ -169,8 +169,6 @@ fn vocabulary(metadata: &Metadata, path: &Path) -> Result<Vocabulary> {
     }
     Ok(vocabulary)
 }
-
-type Merges = std::collections::HashMap<(u32, u32), (u32, u32)>;
 
 fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Merges, String> {
     let merges = metadata.array("tokenizer.ggml.merges");

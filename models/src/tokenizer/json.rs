@@ -248,7 +248,7 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
 
     let mut added = Vec::new();
     for token in file.added_tokens {
-        added.extend(add(&mut vocabulary, token, true).map_err(|e| bad(e.to_string()))?);
+        added.extend(add(&mut vocabulary, token).map_err(|e| bad(e.to_string()))?);
     }
     let (pipeline, marks) = pipeline(&file.normalizer, &file.pre_tokenizer, model, added).map_err(|e| {
         Error::file(path, format!("{e}; the `tokenizers` library refuses this file too, or it is damaged"))
@@ -271,29 +271,40 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
 }
 
 /// Gives an added token its place in the vocabulary. `None` for an empty one.
-pub fn add(vocabulary: &mut Vocabulary, token: AddedToken, native: bool) -> Result<Option<Added>> {
+fn add(vocabulary: &mut Vocabulary, token: AddedToken) -> Result<Option<Added>> {
     if token.content.is_empty() {
         return Ok(None);
     }
-    let kind = if token.special { Kind::Control } else { Kind::UserDefined };
     let id = vocabulary.id(&token.content).unwrap_or(token.id);
-    if !vocabulary.set(id, &token.content, kind)? {
+    if !vocabulary.set(id, &token.content, token.kind())? {
         let other = vocabulary.piece(id).unwrap_or_default();
         return Err(Error::model(format!(
             "the added token {:?} has the id {id} of the token {other:?}",
             token.content
         )));
     }
-    Ok(Some(Added {
-        id,
-        content: token.content,
-        special: token.special,
-        native,
-        single_word: token.single_word,
-        lstrip: token.lstrip,
-        rstrip: token.rstrip,
-        normalized: token.normalized,
-    }))
+    Ok(Some(token.at(id)))
+}
+
+impl AddedToken {
+    /// What the vocabulary counts it as.
+    pub fn kind(&self) -> Kind {
+        if self.special { Kind::Control } else { Kind::UserDefined }
+    }
+
+    /// The same as the matcher takes it.
+    pub fn at(self, id: u32) -> Added {
+        Added {
+            id,
+            content: self.content,
+            special: self.special,
+            native: true,
+            single_word: self.single_word,
+            lstrip: self.lstrip,
+            rstrip: self.rstrip,
+            normalized: self.normalized,
+        }
+    }
 }
 
 fn vocabulary(pieces: &Pieces) -> Result<(Vocabulary, Vec<f64>), String> {

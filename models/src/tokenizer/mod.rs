@@ -158,6 +158,18 @@ impl Tokenizer {
         dir::read(dir)
     }
 
+    /// The tokenizer whose file, called `path` in messages, holds `bytes`: a tokenizer.json, a SentencePiece model or
+    /// a tiktoken file, told apart by their contents.
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
+        if bytes.trim_ascii_start().starts_with(b"{") {
+            json::read(bytes, path)
+        } else if tiktoken::is_one(bytes) {
+            tiktoken::read(bytes, path)
+        } else {
+            dir::from_sentencepiece(bytes, path)
+        }
+    }
+
     /// The tokens of `text`. No beginning or end mark is added: [`Tokenizer::add_bos`] says whether the model wants
     /// one.
     pub fn encode(&self, text: &str, specials: Specials) -> Result<Vec<u32>> {

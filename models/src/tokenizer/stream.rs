@@ -67,7 +67,8 @@ mod tests {
                 prop_assert!(pending.len() < 4);
             }
             text += &String::from_utf8_lossy(&pending);
-            prop_assert_eq!(text, String::from_utf8_lossy(&parts.concat()));
+            let whole = parts.concat();
+            prop_assert_eq!(text, String::from_utf8_lossy(&whole));
         }
 
         #[test]

@@ -1,4 +1,5 @@
 use crate::{Error, Result};
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 
@@ -41,18 +42,21 @@ pub struct Vocabulary {
     /// Open addressing: id + 1, or 0 where free.
     table: Vec<u32>,
     hasher: RandomState,
+    /// Spellings that replaced the ones in `text`.
+    renamed: BTreeMap<u32, String>,
 }
 
 impl Vocabulary {
     /// An empty vocabulary with room for `tokens` spellings of `bytes` bytes together.
     pub fn with_capacity(tokens: usize, bytes: usize) -> Vocabulary {
-        let slots = (tokens.min(MAX_IDS) * 4 / 3 + 8).next_power_of_two();
+        let slots = (tokens.min(MAX_IDS) * 4 / 3 + 64).next_power_of_two();
         Vocabulary {
             text: String::with_capacity(bytes),
             ends: Vec::with_capacity(tokens.min(MAX_IDS)),
             kinds: Vec::with_capacity(tokens.min(MAX_IDS)),
             table: vec![0; slots],
             hasher: RandomState::new(),
+            renamed: BTreeMap::new(),
         }
     }
 
@@ -66,16 +70,7 @@ impl Vocabulary {
         self.text.push_str(piece);
         self.ends.push(self.text.len() as u32);
         self.kinds.push(kind);
-        if !piece.is_empty() {
-            if (id + 1) * 4 > self.table.len() * 3 {
-                self.table = vec![0; self.table.len() * 2];
-                for old in 0..=id as u32 {
-                    self.index(old);
-                }
-            } else {
-                self.index(id as u32);
-            }
-        }
+        self.index(id as u32);
         Ok(id as u32)
     }
 
@@ -92,11 +87,26 @@ impl Vocabulary {
             self.push(piece, kind)?;
             return Ok(true);
         }
-        if self.piece(id) == Some(piece) {
-            self.kinds[id as usize] = kind;
-            return Ok(true);
+        match self.piece(id) {
+            Some(old) if old == piece => {}
+            Some("") => {
+                self.renamed.insert(id, piece.to_string());
+                self.index(id);
+            }
+            _ => return Ok(false),
         }
-        Ok(false)
+        self.kinds[id as usize] = kind;
+        Ok(true)
+    }
+
+    /// Spells `id` anew, or gives a further id its spelling.
+    pub fn rename(&mut self, id: u32, piece: &str, kind: Kind) -> Result<()> {
+        if !self.set(id, piece, kind)? {
+            self.renamed.insert(id, piece.to_string());
+            self.kinds[id as usize] = kind;
+            self.index(id);
+        }
+        Ok(())
     }
 
     /// Changes what `id` is for.
@@ -106,7 +116,17 @@ impl Vocabulary {
         }
     }
 
+    /// Enters `id` into the table, which grows before it is three quarters full.
     fn index(&mut self, id: u32) {
+        if (self.len() + self.renamed.len()) * 4 > self.table.len() * 3 {
+            self.table = vec![0; self.table.len() * 2];
+            (0..self.len() as u32).for_each(|id| self.insert(id));
+        } else {
+            self.insert(id);
+        }
+    }
+
+    fn insert(&mut self, id: u32) {
         let mask = self.table.len() - 1;
         let piece = self.piece(id).unwrap_or_default();
         if piece.is_empty() {
@@ -129,6 +149,11 @@ impl Vocabulary {
 
     /// The spelling of `id`.
     pub fn piece(&self, id: u32) -> Option<&str> {
+        if !self.renamed.is_empty()
+            && let Some(piece) = self.renamed.get(&id)
+        {
+            return Some(piece);
+        }
         let id = id as usize;
         let end = *self.ends.get(id)? as usize;
         let start = if id == 0 { 0 } else { self.ends[id - 1] as usize };

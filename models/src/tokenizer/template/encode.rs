@@ -1,8 +1,9 @@
 use super::{ChatTemplate, RenderOptions};
-use crate::Result;
 use crate::tokenizer::added::Matcher;
 use crate::tokenizer::{Specials, Tokenizer};
+use crate::{Error, Result};
 use serde_json::Value;
+use std::ops::Range;
 
 /// Characters that stand inside a broken mark while the template runs: private use, so rarely in anyone's text.
 const SPLINTERS: [char; 4] = ['\u{E5A1}', '\u{F3C7}', '\u{10F29B}', '\u{10DE5D}'];
@@ -25,6 +26,33 @@ impl ChatTemplate {
             ids.insert(0, bos);
         }
         Ok(ids)
+    }
+
+    /// The tokens of a whole conversation, and which of them the assistant wrote: what training learns from. A range
+    /// runs from where the model would have begun its answer to the end of that turn.
+    ///
+    /// # Errors
+    /// When the template rewrites earlier turns as the conversation goes on, so that no place can be told.
+    pub fn encode_turns(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[Value],
+        options: &RenderOptions,
+    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let part = |messages: &[Value], add_generation_prompt| {
+            self.encode_chat(tokenizer, messages, &RenderOptions { add_generation_prompt, ..options.clone() })
+        };
+        let whole = part(messages, false)?;
+        let mut turns = Vec::new();
+        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m["role"] == "assistant") {
+            let (before, after) = (part(&messages[..i], true)?, part(&messages[..=i], false)?);
+            if !whole.starts_with(&after) || !after.starts_with(&before) {
+                let what = format!("the chat template rewrites earlier turns; message {} cannot be found again", i + 1);
+                return Err(Error::model(format!("{}: {what}; train on shorter conversations", self.name())));
+            }
+            turns.push(before.len()..after.len());
+        }
+        Ok((whole, turns))
     }
 
     /// `options` with the spellings of the beginning and end marks from `tokenizer`, where they are not given.

@@ -1,8 +1,8 @@
 use super::{ChatTemplate, python};
 use crate::{Error, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{AutoEscape, Environment, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Rest, Serde, ValueOrKwargs};
+use minijinja::{AutoEscape, Environment, ErrorKind, State, Value, filters};
 use serde_json::json;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -39,10 +39,22 @@ pub fn new() -> Environment<'static> {
     env.set_debug(false);
     env.set_recursion_limit(100);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    env.set_formatter(|out, _, value| Ok(out.write_str(&python::text(value)?)?));
+    env.set_formatter(|out, _, value| Ok(out.write_str(&python::escaped(python::text(value)?))?));
     env.add_filter("tojson", |value: Value, args: Kwargs| python::json(&value, &args));
     env.add_filter("string", |value: Value| python::text(&value));
     env.add_filter("indent", python::indent);
+    env.add_filter("each_of", each_of);
+    env.add_filter("safe", |value: Value| python::text(&value).map(|s| python::safe(&s)));
+    env.add_filter("map_list", filters::map);
+    env.add_filter("select_list", filters::select);
+    env.add_filter("selectattr_list", filters::selectattr);
+    env.add_filter("reject_list", filters::reject);
+    env.add_filter("rejectattr_list", filters::rejectattr);
+    generator(&mut env, "map", "map_list");
+    generator(&mut env, "select", "select_list");
+    generator(&mut env, "selectattr", "selectattr_list");
+    generator(&mut env, "reject", "reject_list");
+    generator(&mut env, "rejectattr", "rejectattr_list");
     env.add_function("raise_exception", |message: Value| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_string()))
     });
@@ -53,24 +65,57 @@ pub fn new() -> Environment<'static> {
     env
 }
 
-/// `source` with `{% generation %}` blocks (transformers' marks for training) taken as plain blocks.
-pub fn without_generation_marks(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
+/// `source` in minijinja's dialect: `{% generation %}` blocks (transformers' marks for training) become plain blocks,
+/// and loops ask [`each_of`] whether there is something to loop over.
+pub fn adapt(source: &str) -> String {
+    let mut out = String::with_capacity(source.len() + 64);
     let mut rest = source;
     while let Some(at) = rest.find("{%") {
         let (before, tag) = rest.split_at(at);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else { break };
-        let (inner, after) = (&tag[2..end], &tag[end..]);
-        match inner.trim_matches(['-', '+']).trim() {
-            "generation" => out.push_str(&format!("{{%{}", inner.replace("generation", "if true"))),
-            "endgeneration" => out.push_str(&format!("{{%{}", inner.replace("endgeneration", "endif"))),
-            _ => out.push_str(&tag[..end]),
+        rest = tag;
+        let Some(end) = tag[2..].find("%}") else { break };
+        let (inner, after) = tag.split_at(2 + end);
+        match inner[2..].trim_matches(['-', '+']).trim() {
+            "generation" => out.push_str(&inner.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&inner.replace("endgeneration", "endif")),
+            words if words.starts_with("for ") => out.push_str(&asking(inner)),
+            _ => out.push_str(inner),
         }
         rest = after;
     }
     out.push_str(rest);
     out
+}
+
+/// The `for` tag `tag` with `each_of` behind the name it loops over, where that is a plain one.
+fn asking(tag: &str) -> String {
+    let Some(at) = tag.find(" in ").map(|at| at + 4) else { return tag.into() };
+    let (head, tail) = tag.split_at(at);
+    let name = tail.trim_start();
+    let head_len = head.len() + tail.len() - name.len();
+    let len = name.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.')).unwrap_or(name.len());
+    let plain = len > 0 && name[len..].chars().next().is_none_or(|c| c.is_whitespace() || matches!(c, '|' | '-'));
+    if !plain {
+        return tag.into();
+    }
+    format!("{}{}|each_of{}", &tag[..head_len], &name[..len], &name[len..])
+}
+
+/// Python does not loop over `None`, as minijinja would; templates for tools rely on that to fail without any.
+fn each_of(value: Value) -> Result<Value, minijinja::Error> {
+    if value.is_none() {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "None is not iterable"));
+    }
+    Ok(value)
+}
+
+/// The filter `name` with a generator as its result, as in Jinja: good for one loop or `list`, but not for JSON.
+fn generator(env: &mut Environment<'static>, name: &'static str, list: &'static str) {
+    env.add_filter(name, move |state: &mut State, args: Rest<ValueOrKwargs>| -> Result<Value, minijinja::Error> {
+        let items: Vec<Value> = state.apply_filter(list, &args.into_values())?.try_iter()?.collect();
+        Ok(Value::make_iterable(move || items.clone().into_iter()))
+    });
 }
 
 /// What went wrong, on one line.

@@ -112,7 +112,7 @@ impl ChatTemplate {
             if source.len() > LONGEST {
                 return Err(Error::model(format!("{name}: a chat template of {} bytes cannot be right", source.len())));
             }
-            environment.add_template_owned(key, environment::without_generation_marks(source)).map_err(|e| {
+            environment.add_template_owned(key, environment::adapt(source)).map_err(|e| {
                 Error::model(format!("{name}: the chat template does not compile: {}", environment::tell(&e)))
             })?;
         }
@@ -120,5 +120,7 @@ impl ChatTemplate {
     }
 }
 
+#[cfg(test)]
+pub use builtin::source as builtin_source;
 #[cfg(test)]
 mod tests;

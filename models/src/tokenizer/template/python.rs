@@ -95,6 +95,36 @@ fn number(value: &Value, out: &mut String) {
     }
 }
 
+/// Enclose what the filter `safe` returned. Two characters that Unicode sets aside for a program's inner use.
+const SAFE: [char; 2] = ['\u{FDD0}', '\u{FDD1}'];
+
+/// `text` as Jinja's `Markup`: what is joined to it by `+` will be escaped for HTML when it is written.
+pub fn safe(text: &str) -> String {
+    format!("{}{text}{}", SAFE[0], SAFE[1])
+}
+
+/// `text` as it is written: escaped for HTML around its safe parts if it has any, and as it is if not.
+pub fn escaped(text: String) -> String {
+    if !text.contains(SAFE) {
+        return text;
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut depth = 0usize;
+    for c in text.chars() {
+        match c {
+            c if c == SAFE[0] => depth += 1,
+            c if c == SAFE[1] => depth = depth.saturating_sub(1),
+            '&' if depth == 0 => out.push_str("&amp;"),
+            '<' if depth == 0 => out.push_str("&lt;"),
+            '>' if depth == 0 => out.push_str("&gt;"),
+            '"' if depth == 0 => out.push_str("&#34;"),
+            '\'' if depth == 0 => out.push_str("&#39;"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 /// `json.dumps(value, ensure_ascii=False, ...)`, which transformers gives templates as `tojson`.
 pub fn json(value: &Value, args: &Kwargs) -> Result<String, Error> {
     let indent: Option<Value> = args.get("indent")?;
@@ -152,10 +182,11 @@ impl Json<'_> {
                     json.write(&value.get_item(&key)?, depth + 1)
                 })?;
             }
-            ValueKind::Seq | ValueKind::Iterable => {
+            ValueKind::Seq => {
                 self.all('[', ']', depth, value.try_iter()?, |json, item| json.write(&item, depth + 1))?;
             }
-            _ => return Err(invalid("an undefined value has no JSON")),
+            ValueKind::Undefined => return Err(invalid("an undefined value has no JSON")),
+            _ => return Err(invalid("a generator or function has no JSON")),
         }
         Ok(())
     }
@@ -268,7 +299,7 @@ pub fn strftime(format: &str, seconds: u64) -> String {
     ];
     let days = seconds / 86400;
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let leap = |y: u64| y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     let (mut year, mut day) = (1970, days);
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
