@@ -81,7 +81,7 @@ struct Rounded {
     half: Aligned<u16>,
 }
 
-/// Rows that one task rounds.
+/// Rows that one task rounds: a block of [`HalfRows`].
 const ROUND: usize = 16;
 
 impl Rounded {
@@ -144,9 +144,9 @@ impl Rounded {
         self.half.reserve(n.next_multiple_of(ROW_BLOCK) * cols);
         let half = Disjoint::new(&mut self.half);
         cpu.split(n, ROUND, &|rows| {
-            let range = rows.start * cols..rows.end * cols;
-            // SAFETY: rows belong to one task each.
-            (kernels.round)(&x[range.clone()], unsafe { half.slice(range) });
+            // SAFETY: a block of 16 rows belongs to one task.
+            let block = unsafe { half.slice(rows.start * cols..(rows.start + ROUND) * cols) };
+            (kernels.round)(&x[rows.start * cols..rows.end * cols], cols, block);
         });
     }
 }
@@ -281,7 +281,12 @@ impl Cpu {
                     for r in start..end {
                         // SAFETY: a column range of the output belongs to one task.
                         let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
-                        out.copy_from_slice(&tile[(r - start) * WIDTH..][..width]);
+                        let from = &tile[(r - start) * WIDTH..][..WIDTH];
+                        match out.as_chunks_mut::<WIDTH>().0 {
+                            // A copy of known size is a few moves and no call.
+                            [out] => *out = *from.first_chunk().expect("a row of the tile"),
+                            _ => out.copy_from_slice(&from[..width]),
+                        }
                     }
                 }
             });

@@ -82,21 +82,24 @@ impl Config {
     }
 }
 
-fn round(x: &[f32], out: &mut [u16]) {
+fn round(x: &[f32], cols: usize, out: &mut [u16]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn inner(x: &[f32], out: &mut [u16]) {
-        for (x, out) in x.as_chunks::<STEP>().0.iter().zip(out.as_chunks_mut::<STEP>().0) {
-            // SAFETY: 32 numbers each.
-            unsafe {
-                let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
-                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                _mm512_storeu_si512(out.as_mut_ptr().cast(), both)
+    fn inner(x: &[f32], cols: usize, out: &mut [u16]) {
+        for (r, row) in x.chunks_exact(cols).enumerate() {
+            for (k, x) in row.as_chunks::<STEP>().0.iter().enumerate() {
+                let out = &mut out[(k * ROWS + r) * STEP..][..STEP];
+                // SAFETY: 32 numbers each.
+                unsafe {
+                    let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+                    let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                    _mm512_storeu_si512(out.as_mut_ptr().cast(), both)
+                }
             }
         }
     }
-    assert!(x.len() == out.len() && x.len().is_multiple_of(STEP));
+    assert!(cols.is_multiple_of(STEP) && x.len() <= ROWS * cols && out.len() == ROWS * cols);
     // SAFETY: this table is handed out only where `available`.
-    unsafe { inner(x, out) }
+    unsafe { inner(x, cols, out) }
 }
 
 fn pack(format: Format) -> PackHalf {
@@ -182,7 +185,7 @@ fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], 
 #[repr(C, align(64))]
 struct Products([f32; ROW_BLOCK * 2 * PANEL]);
 
-/// 32 rows of `cols` activations at `x` times two panels, into 32 rows of 32 sums at distance `stride`.
+/// Two blocks of 16 rows of `cols` activations at `x` times two panels, into 32 rows of 32 sums at distance `stride`.
 ///
 /// # Safety
 /// The tiles are configured by [`Config`] and all of these numbers are there; `cols` is a positive multiple of 32.
@@ -196,16 +199,16 @@ unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f3
             "tilezero tmm2",
             "tilezero tmm3",
             "2:",
-            "tileloadd tmm4, [{a0} + {row}]",
+            "tileloadd tmm4, [{a0} + {line}]",
             "tileloadd tmm6, [{w0} + {line}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{w1} + {line}]",
             "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a1} + {row}]",
+            "tileloadd tmm5, [{a1} + {line}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, 64",
-            "add {a1}, 64",
+            "add {a0}, 1024",
+            "add {a1}, 1024",
             "add {w0}, 1024",
             "add {w1}, 1024",
             "dec {steps}",
@@ -216,7 +219,6 @@ unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f3
             "tilestored [{o1} + {to} + 64], tmm3",
             a0 = inout(reg) x => _,
             a1 = inout(reg) x.add(ROWS * cols) => _,
-            row = in(reg) 2 * cols,
             w0 = inout(reg) panels[0].as_ptr() => _,
             w1 = inout(reg) panels[1].as_ptr() => _,
             line = in(reg) 64usize,

@@ -39,14 +39,20 @@ pub struct Lanes {
     pub mix: fn(&[f32], &[f32], &mut [f32]),
 }
 
-/// e^x within 2 units in the last place; 0 below -87.3, infinite above 88.7, NaN for NaN.
+/// e^x within 2 units in the last place; 0 far below, infinite far above, NaN for NaN. No branches and no conversions
+/// to integers, neither of which compilers make vector code of.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     // e^x = 2^n e^r with |r| <= ln 2 / 2; the polynomial is the Taylor series of e^r with its tail rebalanced (Cephes).
-    let clamped = if x > 88.722_84 { 88.722_84 } else { x };
-    let clamped = if clamped < -87.336_54 { -87.336_54 } else { clamped };
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
-    let r = clamped - n * 0.693_359_4;
+    // Beyond these bounds the powers of two below overflow and underflow by themselves.
+    let x = if x > 100.0 { 100.0 } else { x };
+    let x = if x < -110.0 { -110.0 } else { x };
+    // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    let power = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+    let r = x - n * 0.693_359_4;
     let r = r + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
     let p = p * r + 1.398_199_9e-3;
@@ -55,15 +61,11 @@ pub fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_6e-1;
     let p = p * r + 5e-1;
     let y = p * (r * r) + r + 1.0;
-    // n reaches 128, whose power of two needs two steps.
-    let half = (n * 0.5).round_ties_even();
-    let rest = n - half;
-    let a = f32::from_bits(((half as i32 + 127) << 23) as u32);
-    let b = f32::from_bits(((rest as i32 + 127) << 23) as u32);
-    let y = y * a * b;
-    let y = if x < -87.336_54 { 0.0 } else { y };
-    let y = if x > 88.722_84 { f32::INFINITY } else { y };
-    if x.is_nan() { x } else { y }
+    // 2^n in two steps, as n may be beyond the exponents of normal numbers.
+    let half = power >> 1;
+    let rest = power.wrapping_sub(half);
+    let two = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
+    y * two(half) * two(rest)
 }
 
 #[inline(always)]
@@ -175,13 +177,13 @@ pub fn max(x: &[f32]) -> f32 {
     let mut acc = [f32::NEG_INFINITY; LANES];
     for c in chunks {
         for i in 0..LANES {
-            acc[i] = if c[i] > acc[i] { c[i] } else { acc[i] };
+            acc[i] = acc[i].max(c[i]);
         }
     }
     for (i, &v) in tail.iter().enumerate() {
-        acc[i] = if v > acc[i] { v } else { acc[i] };
+        acc[i] = acc[i].max(v);
     }
-    fold(acc, |a, b| if b > a { b } else { a })
+    fold(acc, f32::max)
 }
 
 #[inline(always)]

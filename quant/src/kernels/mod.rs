@@ -170,10 +170,10 @@ pub struct QuantizedRows<'a> {
     pub cols: usize,
 }
 
-/// Rows of bf16 activations, one after another.
+/// Rows of bf16 activations in blocks of 16 rows by 32 columns, which lie as tiles are loaded.
 #[derive(Clone, Copy)]
 pub struct HalfRows<'a> {
-    /// `[padded, cols]`.
+    /// `[padded / 16][cols / 32][16][32]`.
     pub all: &'a [u16],
     /// Columns of a row; a multiple of 32.
     pub cols: usize,
@@ -190,8 +190,8 @@ pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<
 /// Kernels for many rows of bf16.
 #[derive(Clone, Copy)]
 pub struct HalfKernels {
-    /// f32 to bf16, to nearest even; a multiple of 32 numbers.
-    pub round: fn(x: &[f32], out: &mut [u16]),
+    /// Up to 16 rows of f32 to a block of bf16 (see [`HalfRows`]), to nearest even.
+    pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
     /// For block formats.
     pub pack: fn(Format) -> PackHalf,
     /// The products.
