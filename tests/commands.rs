@@ -302,7 +302,7 @@ fn logits_agree_with_the_reference() {
         let json = home.json(&args);
         for (position, want) in case["logits"].as_object().unwrap() {
             let row = json["positions"].as_array().unwrap();
-            let row = row.iter().find(|p| p["position"].to_string() == *position).unwrap();
+            let row = row.iter().find(|p| p["position"].as_u64() == position.parse().ok()).unwrap();
             let centred = |v: &Value| {
                 let x: Vec<f64> = v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
                 let mean = x.iter().sum::<f64>() / x.len() as f64;

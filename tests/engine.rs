@@ -1,5 +1,8 @@
 //! The forward pass against the reference's logits, and what the engine promises about its cache.
 
+mod golden;
+
+use golden::{check_golden, distance, fixture, json, options, shared};
 use rushlight::engine::{Engine, Options};
 use rushlight_models::checkpoint::gguf::Writer;
 use rushlight_models::checkpoint::{Checkpoint, Metadata, TensorInfo, Value};
@@ -9,84 +12,6 @@ use rushlight_quant::formats::Format;
 use rushlight_quant::ops::RopeLayout;
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families").join(name)
-}
-
-/// A checkpoint of the reference data; `None`, with a word about it, where there is none.
-fn shared(path: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("RUSHLIGHT_SHARED").map(PathBuf::from);
-    let path = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared")).join(path);
-    if !path.exists() {
-        println!("skipped: no reference data at {}", path.display());
-        return None;
-    }
-    Some(path)
-}
-
-fn options(adapters: &[&Path]) -> Options {
-    let adapters = adapters.iter().map(|p| (p.to_path_buf(), 1.0)).collect();
-    Options { threads: Some(2), slots: 3, adapters, ..Options::default() }
-}
-
-fn json(path: &Path) -> Json {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn numbers(list: &Json) -> Vec<f32> {
-    list.as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect()
-}
-
-fn ids(list: &Json) -> Vec<u32> {
-    list.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
-}
-
-/// Largest difference after each row's mean is taken away.
-fn distance(got: &[f32], want: &[f32]) -> f32 {
-    assert_eq!(got.len(), want.len());
-    let mean = |x: &[f32]| x.iter().sum::<f32>() / x.len() as f32;
-    let (mg, mw) = (mean(got), mean(want));
-    got.iter().zip(want).map(|(g, w)| ((g - mg) - (w - mw)).abs()).fold(0.0, f32::max)
-}
-
-fn best(logits: &[f32]) -> u32 {
-    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
-}
-
-/// Runs every case of `golden`: the whole prompt at once, token by token, and the greedy continuation.
-fn check_golden(engine: &mut Engine, golden: &Path, label: &str) {
-    for (i, case) in json(golden)["cases"].as_array().unwrap().iter().enumerate() {
-        let (prompt, greedy) = (ids(&case["input_ids"]), ids(&case["greedy_continuation"]));
-        let want = case["logits"].as_object().unwrap();
-        let mut seen = 0;
-        let mut compare = |how: &str, position: usize, logits: &[f32]| {
-            if let Some(want) = want.get(&position.to_string()) {
-                let d = distance(logits, &numbers(want));
-                assert!(d < 3e-4, "{label} case {i} {how} position {position}: off by {d}");
-                seen += 1;
-            }
-        };
-        engine.truncate(0, 0);
-        engine.prompt_all(0, &prompt, &mut |p, logits| compare("prompt", p, logits)).unwrap();
-        engine.truncate(0, 0);
-        let mut last = Vec::new();
-        for (p, &id) in prompt.iter().enumerate() {
-            last = engine.step(&[(0, id)]).unwrap().to_vec();
-            compare("step", p, &last);
-        }
-        assert_eq!(seen, 2 * want.len());
-        engine.truncate(0, 0);
-        let at_once = engine.prompt(0, &prompt, &mut |_| true).unwrap().to_vec();
-        assert!(distance(&at_once, &last) < 1e-4);
-        let mut told = Vec::new();
-        for _ in &greedy {
-            told.push(best(&last));
-            last = engine.step(&[(0, best(&last))]).unwrap().to_vec();
-        }
-        assert_eq!(told, greedy, "{label} case {i}");
-    }
-}
 
 fn check_family(dir: &Path) {
     let name = dir.display().to_string();
@@ -248,6 +173,54 @@ fn llama3_factors(dim: usize, base: f64, factor: f64, low: f64, high: f64, origi
     each.collect()
 }
 
+/// A PEFT adapter in llama.cpp's form: GGUF names, and q and k rows in the order of GGUF.
+fn adapter_to_gguf(source: &Path, path: &Path, architecture: &str, alpha: f64) {
+    let llama = FAMILIES.iter().find(|f| f.name == "llama").unwrap();
+    let mut metadata = Metadata::default();
+    for (key, value) in [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", architecture)]
+    {
+        metadata.0.insert(key.into(), Value::String(value.into()));
+    }
+    metadata.0.insert("adapter.lora.alpha".into(), Value::Float(alpha));
+    let file = rushlight_models::checkpoint::safetensors::open(&source.join("adapter_model.safetensors")).unwrap();
+    let tensors = file.tensors.into_iter().map(|tensor| {
+        let name = tensor.info.name.strip_prefix("base_model.model.").unwrap();
+        let (module, part) = name.strip_suffix(".weight").unwrap().rsplit_once('.').unwrap();
+        let (role, layer) = llama.role(Naming::HuggingFace, module).unwrap();
+        let name = format!("{}.weight.{}", llama.name(Naming::Gguf, role, layer).unwrap(), part.to_lowercase());
+        let mut data = tensor.data.to_vec();
+        if part == "lora_B" && matches!(role, Role::Q | Role::K) {
+            let (rows, row) = (tensor.info.shape[0], data.len() / tensor.info.shape[0]);
+            let order = reorder(rows, 16, 16, RopeLayout::Half, RopeLayout::Interleaved);
+            data = order.iter().flat_map(|&r| data[r * row..][..row].to_vec()).collect();
+        }
+        (TensorInfo { name, ..tensor.info }, data)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
+    let mut writer = Writer::create(path, &metadata, &infos).unwrap();
+    tensors.iter().for_each(|(info, data)| writer.write(&info.name, data).unwrap());
+    writer.finish().unwrap();
+}
+
+#[test]
+fn gguf_adapters_fit_bases_of_either_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, base, adapter) = (fixture("llama"), dir.path().join("base.gguf"), dir.path().join("adapter.gguf"));
+    to_gguf(&source, &base, 2, &[], None);
+    let peft = source.join("adapters/lora-qv");
+    adapter_to_gguf(&peft, &adapter, "llama", 16.0);
+    for base in [&base, &source] {
+        let mut engine = Engine::open(base, &options(&[&adapter])).unwrap();
+        check_golden(&mut engine, &peft.join("golden.json"), &base.display().to_string());
+    }
+    adapter_to_gguf(&peft, &adapter, "qwen2", 16.0);
+    let error = Engine::open(&base, &options(&[&adapter])).err().unwrap().to_string();
+    assert!(error.contains("another base"), "{error}");
+    let error = Engine::open(&source, &options(&[&base])).err().unwrap().to_string();
+    assert!(error.contains("not a LoRA adapter"), "{error}");
+}
+
 #[test]
 fn several_adapters_add_up_and_scale() {
     let dir = fixture("llama");
@@ -361,7 +334,8 @@ fn forgotten_positions_leave_the_rest_as_if_they_had_never_been() {
         ("rope.scaling.original_context_length", Value::Unsigned(16)),
     ];
     let factors = llama3_factors(16, 10000.0, 8.0, 1.0, 4.0, 16.0);
-    let kinds: [(&str, &str, &[(&str, Value)], Option<&[f32]>); 4] = [
+    type Kind<'a> = (&'a str, &'a str, &'a [(&'a str, Value)], Option<&'a [f32]>);
+    let kinds: [Kind<'_>; 4] = [
         ("plain", "llama", &[], None),
         ("yarn", "llama", &yarn, None),
         ("factors", "llama", &[], Some(&factors)),
@@ -384,7 +358,7 @@ fn forgotten_positions_leave_the_rest_as_if_they_had_never_been() {
         assert!(distance(&got, want) < 1e-4, "{name}: off by {}", distance(&got, want));
         // Without the turn back it would be far off: the test would notice.
         engine.prompt(2, &ids, &mut |_| true).unwrap();
-        assert!(distance(&engine.step(&[(2, 9)]).unwrap().to_vec(), &got) > 1e-2, "{name}");
+        assert!(distance(engine.step(&[(2, 9)]).unwrap(), &got) > 1e-2, "{name}");
         assert!(engine.forget(0, 50..59).is_err());
         assert!(engine.forget(0, 5..5).is_ok());
     }

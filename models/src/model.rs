@@ -213,6 +213,11 @@ impl Model {
     /// Recognises the family of `checkpoint`, reads its spec and finds every tensor. Weights stay in the file.
     pub fn load(checkpoint: &Checkpoint) -> Result<Model> {
         let (family, spec) = families::recognise(checkpoint)?;
+        Model::from_spec(checkpoint, family, spec)
+    }
+
+    /// The model of `spec` with the tensors of `checkpoint`, found under the names of `family`.
+    pub fn from_spec(checkpoint: &Checkpoint, family: &'static Family, spec: ModelSpec) -> Result<Model> {
         let naming = Naming::of(checkpoint);
         let file = |what: String| Error::file(checkpoint.path(), what);
         spec.check().map_err(file)?;

@@ -246,6 +246,9 @@ impl ModelSpec {
         if !self.norm.eps.is_finite() || self.norm.eps < 0.0 {
             return Err(format!("the norm's epsilon is {}", self.norm.eps));
         }
+        if self.norm.weight_offset != 0.0 && self.norm.kind != NormKind::Rms {
+            return Err("only RMS norms can have an offset on their weight".into());
+        }
         for rope in &self.ropes {
             rope.check(self.head_dim)?;
         }

@@ -27,10 +27,11 @@ impl Cpu {
         (4 * NUMBERS) as f64 / best.as_secs_f64()
     }
 
-    /// Operations a second (a multiplication and an addition are two) that the team reaches on 8-bit integers in
-    /// registers: the best of several short runs. `None` where the instruction set in use has no such measure here.
-    pub fn peak_int8(&self) -> Option<f64> {
-        let peak = self.kernels.peak_int8?;
+    /// Operations a second (a multiplication and an addition are two) that the team reaches, in registers, with the
+    /// instructions that multiply a prompt's rows: bf16 tiles with AMX, else 8-bit integers. The best of several short
+    /// runs; `None` where the instruction set in use has no such measure here.
+    pub fn peak_arithmetic(&self) -> Option<f64> {
+        let peak = self.kernels.peak?;
         let tasks = self.threads();
         let mut best = 0f64;
         for _ in 0..8 {

@@ -4,13 +4,22 @@
 //! dot products on 8-bit activations. **Many rows** (prompts, training, calibration): bound by arithmetic. Sixteen
 //! weight rows at a time are unpacked into cache in the layout that the matrix unit wants and used for every row.
 //!
-//! Block formats meet activations rounded to 8 bits with a scale over each 32 columns ([`QuantizedRow`]): sums of
-//! products are exact integers within a scale group and f32 across groups. Float formats meet f32 activations.
+//! How activations are rounded when they meet block formats (float formats meet f32 activations):
+//!
+//! | rows | instruction set | activations | weights |
+//! | --- | --- | --- | --- |
+//! | few | all | 8 bits, a scale over each 32 columns ([`QuantizedRow`]) | exact |
+//! | many | AMX | bf16 | rounded to bf16 |
+//! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
+//!
+//! Sums of integer products are exact within a scale group, and f32 across groups.
 
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{CodePanel, GemmShape, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK};
+use crate::kernels::{
+    CodePanel, GemmShape, HalfKernels, HalfRows, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK,
+};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 
@@ -60,66 +69,65 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Rows of activations rounded to 8 bits; the buffers are kept from call to call.
+/// Rows of activations rounded for a kernel; the buffers are kept from call to call.
 #[derive(Default)]
-struct Quantized {
+struct Rounded {
     q: Aligned<i8>,
     d: Aligned<f32>,
     s16: Aligned<f32>,
     s32: Aligned<f32>,
     c16: Aligned<i32>,
     c32: Aligned<i32>,
-    by_columns: [Aligned<f32>; 3],
-    padded: usize,
+    half: Aligned<u16>,
 }
 
-impl Quantized {
-    fn fill(&mut self, cpu: &Cpu, phase: Phase, x: &[f32], n: usize, cols: usize) {
-        self.padded = if phase == Phase::Prompt { n.next_multiple_of(ROW_BLOCK) } else { n };
-        let padded = self.padded;
-        self.q.reserve(padded * cols);
-        self.d.reserve(n * cols / 32);
-        self.s16.reserve(n * cols / 16);
-        self.s32.reserve(n * cols / 32);
-        self.c16.reserve(n * cols / 16);
-        self.c32.reserve(n * cols / 32);
-        for (turned, each) in self.by_columns.iter_mut().zip([32, 16, 32]) {
-            turned.reserve(padded * cols / each);
-        }
+/// Rows that one task rounds.
+const ROUND: usize = 16;
+
+impl Rounded {
+    /// Rounds the `n` rows of `x` to 8 bits. With `twice`, rows `n..2n` are what that left over, rounded likewise: both
+    /// together are within `max|x| / 2^15` of `x`.
+    fn quantize(&mut self, cpu: &Cpu, x: &[f32], n: usize, cols: usize, twice: bool) {
+        let total = if twice { 2 * n } else { n } * cols;
+        self.q.reserve(total);
+        self.d.reserve(total / 32);
+        self.s16.reserve(total / 16);
+        self.s32.reserve(total / 32);
+        self.c16.reserve(total / 16);
+        self.c32.reserve(total / 32);
         let q = Disjoint::new(&mut self.q);
         let d = Disjoint::new(&mut self.d);
         let s16 = Disjoint::new(&mut self.s16);
         let s32 = Disjoint::new(&mut self.s32);
         let c16 = Disjoint::new(&mut self.c16);
         let c32 = Disjoint::new(&mut self.c32);
-        let by_columns = self.by_columns.each_mut().map(|turned| Disjoint::new(turned));
-        cpu.split(n, 16, &|rows| {
-            for r in rows.clone() {
-                let (a, b) = (r * cols, (r + 1) * cols);
-                // SAFETY: rows, and so these ranges, belong to one task each.
-                let row = unsafe {
-                    QuantizedRowMut {
-                        q: q.slice(a..b),
-                        d: d.slice(a / 32..b / 32),
-                        s16: s16.slice(a / 16..b / 16),
-                        s32: s32.slice(a / 32..b / 32),
-                        c16: c16.slice(a / 16..b / 16),
-                        c32: c32.slice(a / 32..b / 32),
-                    }
-                };
-                (cpu.kernels.quantize)(&x[a..b], row);
+        let row = |r: usize| {
+            let (a, b) = (r * cols, (r + 1) * cols);
+            // SAFETY: each row, and so its ranges, is asked for by one task alone, and used before it asks again.
+            unsafe {
+                QuantizedRowMut {
+                    q: q.slice(a..b),
+                    d: d.slice(a / 32..b / 32),
+                    s16: s16.slice(a / 16..b / 16),
+                    s32: s32.slice(a / 32..b / 32),
+                    c16: c16.slice(a / 16..b / 16),
+                    c32: c32.slice(a / 32..b / 32),
+                }
             }
-            if phase == Phase::Prompt {
-                for (turned, (plain, each)) in by_columns.iter().zip([(&d, 32), (&s16, 16), (&s32, 32)]) {
-                    let width = cols / each;
-                    for c in 0..width {
-                        // SAFETY: these rows' places in each column belong to this task, as do the rows themselves.
-                        let column = unsafe { turned.slice(c * padded + rows.start..c * padded + rows.end) };
-                        for (r, to) in rows.clone().zip(column) {
-                            // SAFETY: as above.
-                            *to = unsafe { plain.slice(r * width + c..r * width + c + 1) }[0];
+        };
+        cpu.split(n, ROUND, &|rows| {
+            let mut rest = vec![0f32; if twice { cols } else { 0 }];
+            for r in rows {
+                let x = &x[r * cols..(r + 1) * cols];
+                (cpu.kernels.quantize)(x, row(r));
+                if twice {
+                    let first = row(r);
+                    for (g, d) in first.d.iter().enumerate() {
+                        for i in g * 32..(g + 1) * 32 {
+                            rest[i] = x[i] - d * f32::from(first.q[i]);
                         }
                     }
+                    (cpu.kernels.quantize)(&rest, row(n + r));
                 }
             }
         });
@@ -128,8 +136,18 @@ impl Quantized {
     fn rows(&self, cols: usize) -> QuantizedRows<'_> {
         let all =
             QuantizedRow { q: &self.q, d: &self.d, s16: &self.s16, s32: &self.s32, c16: &self.c16, c32: &self.c32 };
-        let [d, s16, s32] = &self.by_columns;
-        QuantizedRows { all, cols, d, s16, s32, padded: self.padded }
+        QuantizedRows { all, cols }
+    }
+
+    /// Rounds the `n` rows of `x` to bf16.
+    fn round_half(&mut self, cpu: &Cpu, kernels: &HalfKernels, x: &[f32], n: usize, cols: usize) {
+        self.half.reserve(n.next_multiple_of(ROW_BLOCK) * cols);
+        let half = Disjoint::new(&mut self.half);
+        cpu.split(n, ROUND, &|rows| {
+            let range = rows.start * cols..rows.end * cols;
+            // SAFETY: rows belong to one task each.
+            (kernels.round)(&x[range.clone()], unsafe { half.slice(range) });
+        });
     }
 }
 
@@ -140,10 +158,11 @@ struct Panels {
     scale: Aligned<f32>,
     min: Aligned<f32>,
     floats: Aligned<f32>,
+    half: Aligned<u16>,
 }
 
 thread_local! {
-    static QUANTIZED: RefCell<Quantized> = RefCell::default();
+    static ROUNDED: RefCell<Rounded> = RefCell::default();
     static PANELS: RefCell<Panels> = RefCell::default();
 }
 
@@ -165,15 +184,24 @@ impl Cpu {
         if n == 0 {
             return;
         }
-        QUANTIZED.with_borrow_mut(|quantized| {
-            if weights.iter().any(|w| !w.format.is_float()) {
-                quantized.fill(self, phase, x, n, cols);
-            }
-            let quantized = quantized.rows(cols);
+        ROUNDED.with_borrow_mut(|rounded| {
+            let coded = weights.iter().any(|w| !w.format.is_float());
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
-            match phase {
-                Phase::Generate => self.few_rows(x, quantized, n, weights, &out),
-                Phase::Prompt => self.many_rows(x, quantized, n, weights, &out),
+            match (phase, self.kernels.half) {
+                (Phase::Generate, _) => {
+                    if coded {
+                        rounded.quantize(self, x, n, cols, false);
+                    }
+                    self.few_rows(x, rounded.rows(cols), n, weights, &out);
+                }
+                (Phase::Prompt, half) => {
+                    match &half {
+                        Some(half) if coded => rounded.round_half(self, half, x, n, cols),
+                        None if coded => rounded.quantize(self, x, n, cols, true),
+                        _ => {}
+                    }
+                    self.many_rows(x, rounded, n, weights, &out);
+                }
             }
         });
     }
@@ -205,52 +233,55 @@ impl Cpu {
         });
     }
 
-    fn many_rows(
-        &self,
-        x: &[f32],
-        quantized: QuantizedRows<'_>,
-        n: usize,
-        weights: &[Matrix<'_>],
-        out: &[Disjoint<'_, f32>],
-    ) {
-        let tasks = tasks(weights, |_| 2 * PANEL);
-        let cols = quantized.cols;
+    fn many_rows(&self, x: &[f32], rounded: &Rounded, n: usize, weights: &[Matrix<'_>], out: &[Disjoint<'_, f32>]) {
+        /// Rows whose sums are held in the nearest cache until their used columns are copied out.
+        const BLOCK: usize = 96;
+        const WIDTH: usize = 2 * PANEL;
+        let tasks = tasks(weights, |_| WIDTH);
         self.team.run(tasks.len(), &|t| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
+            let (cols, width) = (w.cols, rows.len());
             PANELS.with_borrow_mut(|panels| {
-                // Products of whole panels land here and their used columns are copied out. Small, so that it stays
-                // in the nearest cache.
-                const BLOCK: usize = 96;
-                let mut tile = [0f32; BLOCK * 2 * PANEL];
-                let width = rows.len();
-                let floats = w.format.is_float();
-                if floats {
-                    panels.unpack_floats(self, w, &rows)
-                } else {
-                    panels.unpack_codes(self, w, &rows)
+                let mut tile = [0f32; BLOCK * WIDTH];
+                let mut second = [0f32; BLOCK * WIDTH];
+                match self.kernels.half {
+                    _ if w.format.is_float() => panels.unpack_floats(self, w, &rows),
+                    Some(half) => panels.unpack_half(&half, w, &rows),
+                    None => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
-                    if floats {
-                        let shape = GemmShape {
-                            m: end - start,
-                            n: width.next_multiple_of(PANEL),
-                            k: cols,
-                            lda: cols,
-                            ldb: cols * PANEL,
-                            ldc: 2 * PANEL,
-                            add: false,
-                        };
-                        (self.kernels.gemm)(shape, &x[start * cols..end * cols], &panels.floats, &mut tile);
-                    } else {
-                        let (two, used) = panels.code_panels(w, width);
-                        (self.kernels.mul_panels)(&two[..used], quantized, start..end, &mut tile, 2 * PANEL);
+                    match self.kernels.half {
+                        _ if w.format.is_float() => {
+                            let shape = GemmShape {
+                                m: end - start,
+                                n: width.next_multiple_of(PANEL),
+                                k: cols,
+                                lda: cols,
+                                ldb: cols * PANEL,
+                                ldc: WIDTH,
+                                add: false,
+                            };
+                            (self.kernels.gemm)(shape, &x[start * cols..end * cols], &panels.floats, &mut tile);
+                        }
+                        Some(half) => {
+                            let (a, b) = panels.half.split_at(cols * PANEL);
+                            let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
+                            (half.mul)(&[a, b][..width.div_ceil(PANEL)], x, start..end, &mut tile, WIDTH);
+                        }
+                        None => {
+                            let (two, used) = panels.code_panels(w, width);
+                            let x = rounded.rows(cols);
+                            (self.kernels.mul_panels)(&two[..used], x, start..end, &mut tile, WIDTH);
+                            (self.kernels.mul_panels)(&two[..used], x, n + start..n + end, &mut second, WIDTH);
+                            (self.kernels.lanes.add)(&second, &mut tile);
+                        }
                     }
                     for r in start..end {
                         // SAFETY: a column range of the output belongs to one task.
                         let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
-                        out.copy_from_slice(&tile[(r - start) * 2 * PANEL..][..width]);
+                        out.copy_from_slice(&tile[(r - start) * WIDTH..][..width]);
                     }
                 }
             });
@@ -305,6 +336,16 @@ impl Panels {
             sub: sub(w.format),
         };
         ([panel(0), panel(1)], width.div_ceil(PANEL))
+    }
+
+    fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
+        let len = w.cols * PANEL;
+        self.half.reserve(2 * len);
+        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
+            let used = PANEL.min(rows.end - first);
+            let data = &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()];
+            (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);
+        }
     }
 
     fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {

@@ -50,8 +50,8 @@ struct Report {
 struct Machine {
     /// Bytes a second.
     read_bandwidth: f64,
-    /// Operations a second on 8-bit integers, where it is measured.
-    peak_int8: Option<f64>,
+    /// Operations a second with the instructions that multiply a prompt, where that is measured.
+    peak_arithmetic: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -76,7 +76,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let start = Instant::now();
     let mut engine = Engine::open(&path, &args.model.engine(Some(needed)))?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let machine = Machine { read_bandwidth: engine.cpu().read_bandwidth(), peak_int8: engine.cpu().peak_int8() };
+    let machine =
+        Machine { read_bandwidth: engine.cpu().read_bandwidth(), peak_arithmetic: engine.cpu().peak_arithmetic() };
 
     let vocabulary = engine.vocab_size() as u64;
     // Fixed ids all over the vocabulary: every run and every program can be given the same.
@@ -115,7 +116,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let head = &engine.model().head;
     let weights = |l: &rushlight_models::model::Linear| (l.weight().rows() * l.weight().cols()) as f64;
     let operations = 2.0 * (engine.model().linears().map(weights).sum::<f64>() - weights(head));
-    let peak = machine.peak_int8;
+    let peak = machine.peak_arithmetic;
     let report = Report {
         model: path.display().to_string(),
         isa: engine.isa().name(),
@@ -132,8 +133,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{} on {} threads ({}), ready in {:.2} s", report.model, report.threads, report.isa, load_seconds)?;
     let bandwidth = size(report.machine.read_bandwidth as u64);
-    match report.machine.peak_int8 {
-        Some(peak) => writeln!(out, "limits: reads {bandwidth}/s, {:.2} int8 TOP/s", peak / 1e12)?,
+    match report.machine.peak_arithmetic {
+        Some(peak) => writeln!(out, "limits: reads {bandwidth}/s, {:.2} TOP/s", peak / 1e12)?,
         None => writeln!(out, "limits: reads {bandwidth}/s")?,
     }
     for (name, rate, limit) in

@@ -1,6 +1,6 @@
 //! `rushlight info`: what a model is, and the memory it needs.
 
-use super::{Global, print_json, size};
+use super::{Global, one_line, print_json, size};
 use crate::engine::{Engine, Options};
 use crate::store::Store;
 use anyhow::Result;
@@ -143,7 +143,7 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
     // One position is enough to learn what each costs.
     let options = Options { threads: Some(1), context: Some(1), slots: 1, adapters: Vec::new() };
     match Engine::from_checkpoint(checkpoint, &options) {
-        Err(e) => info.why = Some(format!("{e:#}")),
+        Err(e) => info.why = Some(one_line(&e)),
         Ok(engine) => {
             let (spec, memory) = (engine.spec(), engine.memory());
             info.shape = Some(Shape {

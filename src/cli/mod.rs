@@ -131,9 +131,21 @@ fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<Interrupted>() {
         return ExitCode::from(130);
     }
-    let line = format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-    writeln!(std::io::stderr(), "error: {line}").ok();
+    writeln!(std::io::stderr(), "error: {}", one_line(error)).ok();
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// An error with its causes in one line; what a message already says of its cause is not said again.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Prints `value` as one line of JSON.
@@ -164,6 +176,16 @@ mod tests {
     fn the_command_line_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn errors_are_one_line_that_repeats_nothing() {
+        use anyhow::Context;
+        let io = || std::io::Error::other("disk on fire");
+        let e = anyhow::Error::from(rushlight_models::Error::io("a\nb", io()));
+        assert_eq!(one_line(&e), "a b: disk on fire");
+        let e = Err::<(), _>(io()).context("saving").context("leaving").unwrap_err();
+        assert_eq!(one_line(&e), "leaving: saving: disk on fire");
     }
 
     #[test]

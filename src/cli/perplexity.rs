@@ -68,8 +68,10 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             input[0] = bos;
         }
         engine.truncate(0, 0);
-        engine.prompt_all(0, &input, &mut |position, logits| {
-            if (first..ctx - 1).contains(&position) {
+        // The first half is context only, and the last token has nothing to predict.
+        engine.prompt(0, &input[..first], &mut |_| true)?;
+        engine.prompt_all(0, &input[first..], &mut |position, logits| {
+            if position < ctx - 1 {
                 let loss = negative_log_likelihood(logits, targets[position + 1]);
                 sum += loss;
                 squares += loss * loss;

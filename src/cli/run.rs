@@ -69,6 +69,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         stop: args.sampling.stop.clone(),
         constraint: args.sampling.constraint(&tokenizer)?,
     };
+    let constrained = ask.constraint.is_some();
     let mut session = Session::new(tokenizer.clone(), template, 0);
 
     let mut out = std::io::stdout().lock();
@@ -136,6 +137,10 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         Finish::Context => {
             let context = loaded.engine.context();
             tracing::warn!("the answer stopped at the end of the context ({context} tokens); --ctx gives more room");
+            Ok(())
+        }
+        Finish::Length if constrained => {
+            tracing::warn!("the answer was cut at {} tokens, before it was whole; -n allows more", reply.tokens);
             Ok(())
         }
         _ => Ok(()),

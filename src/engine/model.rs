@@ -60,7 +60,12 @@ impl Engine {
 
     /// Makes the model of `checkpoint` ready.
     pub fn from_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Engine> {
-        let mut model = Model::load(&checkpoint)?;
+        let model = Model::load(&checkpoint)?;
+        Engine::from_model(checkpoint, model, options)
+    }
+
+    /// Makes a model that was read from `checkpoint` ready.
+    pub fn from_model(checkpoint: Checkpoint, mut model: Model, options: &Options) -> Result<Engine> {
         adapter::attach(&mut model, &options.adapters)?;
         let spec = &model.spec;
         let context = options.context.unwrap_or(spec.context_length.min(DEFAULT_CONTEXT));

@@ -73,7 +73,7 @@ impl Sampler {
             return Ok(greatest(&self.logits).0);
         }
         self.truncate();
-        let total: f64 = self.candidates.iter().map(|c| f64::from(c.weight)).sum();
+        let total = mass(&self.candidates);
         let mut left = self.random.unit() * total;
         for c in &self.candidates {
             left -= f64::from(c.weight);
@@ -267,8 +267,20 @@ fn most_likely(logits: &[f32], k: usize, out: &mut Vec<Candidate>) {
     out.sort_unstable_by(likelier);
 }
 
+/// The sum of the weights from `floor` on, in lanes of fixed order: one chain of additions would wait for itself.
+fn mass_from(candidates: &[Candidate], floor: f32) -> f64 {
+    let (blocks, rest) = candidates.as_chunks::<8>();
+    let mut lanes = [0f64; 8];
+    let add = |lane: &mut f64, c: &Candidate| *lane += if c.weight >= floor { f64::from(c.weight) } else { 0.0 };
+    for block in blocks {
+        lanes.iter_mut().zip(block).for_each(|(lane, c)| add(lane, c));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, c)| add(lane, c));
+    lanes.iter().sum()
+}
+
 fn mass(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|c| f64::from(c.weight)).sum()
+    mass_from(candidates, 0.0)
 }
 
 /// Keeps the fewest likeliest candidates that hold `p` of the mass, and at least one.
@@ -277,14 +289,13 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {
     // The few likely ones usually hold it: look among those first, and sort nothing else.
     let mut floor = 1.0 / 64.0;
     while candidates.len() > 1024 && floor > 1e-30 {
-        let likely: f64 = candidates.iter().map(|c| if c.weight >= floor { f64::from(c.weight) } else { 0.0 }).sum();
-        if likely >= target {
+        if mass_from(candidates, floor) >= target {
             candidates.retain(|c| c.weight >= floor);
             break;
         }
         floor /= 64.0;
     }
-    keep_first(candidates, target, likelier);
+    keep_first(candidates, target, mass, likelier);
 }
 
 /// Locally typical sampling (Meister et al. 2022): keeps the candidates whose information is nearest to the
@@ -294,22 +305,30 @@ fn keep_typical(candidates: &mut Vec<Candidate>, p: f64) {
     let information = |c: &Candidate| total.ln() - f64::from(c.weight).ln();
     candidates.retain(|c| c.weight > 0.0);
     let entropy: f64 = candidates.iter().map(|c| f64::from(c.weight) / total * information(c)).sum();
-    let distance = |c: &Candidate| (information(c) - entropy).abs();
-    keep_first(candidates, total * p, |a, b| distance(a).total_cmp(&distance(b)).then(likelier(a, b)));
+    let mut keyed: Vec<_> = candidates.iter().map(|c| ((information(c) - entropy).abs(), *c)).collect();
+    keep_first(
+        &mut keyed,
+        total * p,
+        |part| part.iter().map(|(_, c)| f64::from(c.weight)).sum(),
+        |(x, a), (y, b)| x.total_cmp(y).then_with(|| likelier(a, b)),
+    );
+    candidates.clear();
+    candidates.extend(keyed.into_iter().map(|(_, c)| c));
 }
 
-/// Keeps the shortest beginning of `candidates`, in the order given, whose mass reaches `target` (at least one), by
+/// Keeps the shortest beginning of `items`, in the order given, whose mass reaches `target` (at least one), by
 /// halving: linear in their number, where sorting all would not be.
-fn keep_first(
-    candidates: &mut Vec<Candidate>,
+fn keep_first<T>(
+    items: &mut Vec<T>,
     target: f64,
-    mut order: impl FnMut(&Candidate, &Candidate) -> std::cmp::Ordering,
+    mass: impl Fn(&[T]) -> f64,
+    mut order: impl FnMut(&T, &T) -> std::cmp::Ordering,
 ) {
-    let (mut low, mut high, mut held) = (0, candidates.len(), 0.0);
+    let (mut low, mut high, mut held) = (0, items.len(), 0.0);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        candidates[low..high].select_nth_unstable_by(middle - low, &mut order);
-        let left = mass(&candidates[low..middle]);
+        items[low..high].select_nth_unstable_by(middle - low, &mut order);
+        let left = mass(&items[low..middle]);
         if held + left >= target {
             high = middle;
         } else {
@@ -317,7 +336,7 @@ fn keep_first(
             low = middle;
         }
     }
-    candidates.truncate(high);
+    items.truncate(high);
 }
 
 /// For each i, the length of the longest common beginning of `text` and `text[i..]` (the Z function; linear).

@@ -206,7 +206,7 @@ impl Session {
         self.cache.truncate(keep);
     }
 
-    /// Reads the part of `ids` that the cache lacks. False: interrupted.
+    /// Reads the part of `ids` that the cache lacks; the logits of the last. `None`: interrupted.
     fn read(
         &mut self,
         engine: &mut Engine,
@@ -221,9 +221,10 @@ impl Session {
             !interrupt.load(Ordering::Relaxed)
         });
         let logits = logits.map(<[f32]>::to_vec);
+        // Also after an error the cache is what the engine holds.
         self.cache = ids[..engine.len(self.slot).min(ids.len())].to_vec();
-        let whole = self.cache.len() == ids.len();
-        Ok(logits.map(|l| whole.then_some(l))?)
+        let logits = logits?;
+        Ok((self.cache.len() == ids.len()).then_some(logits))
     }
 
     fn generate(

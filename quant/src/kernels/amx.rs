@@ -1,16 +1,21 @@
-//! AMX: the int8 matrix unit, for many rows; all else as AVX-512 does it.
+//! AMX: the bf16 matrix unit, for many rows of activations and block formats; all else as AVX-512 does it.
+//!
+//! Weights and activations are rounded to bf16 (to nearest even, 8 significant bits each) and their products summed in
+//! f32 over all columns, without stopping for the scales of groups: faster here than int8 tiles, whose sums must be
+//! scaled every 32 columns, and several times closer to the exact product than activations of 8 bits.
 //!
 //! The intrinsics are not stable, so tiles are driven by inline assembly. Rust cannot name tile registers as operands:
 //! one block of assembly loads, multiplies and stores, and leaves nothing in them. Only the configuration lasts from
 //! block to block, within one call.
 
-use super::{CodePanel, Isa, Kernels, PANEL, QuantizedRows, ROW_BLOCK, avx512};
+use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, PackHalf, ROW_BLOCK, avx512};
+use crate::formats::{BlockFormat, Format, Visitor};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Whether processor and system have AMX int8. The first call asks Linux for the permission that it grants a process.
+/// Whether processor and system have AMX bf16. The first call asks Linux for the permission that it grants a process.
 pub(super) fn available() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
@@ -21,9 +26,9 @@ pub(super) fn available() -> bool {
         // SAFETY: OSXSAVE, tested above, means that XGETBV is there.
         let enabled = unsafe { read_xcr0() };
         let leaf7 = __cpuid_count(7, 0);
-        let tiles = 1 << 24;
-        let int8 = 1 << 25;
-        if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & int8 == 0 {
+        let (bf16, tiles) = (1 << 22, 1 << 24);
+        let vector_bf16 = is_x86_feature_detected!("avx512bf16");
+        if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !vector_bf16 {
             return false;
         }
         ask_permission()
@@ -50,20 +55,15 @@ fn ask_permission() -> bool {
 }
 
 pub(super) fn kernels() -> Kernels {
-    Kernels {
-        isa: Isa::Amx,
-        biased_codes: false,
-        pack_codes: avx512::pack_codes_flipped::<0>,
-        mul_panels,
-        peak_int8: Some(peak_int8),
-        ..avx512::kernels()
-    }
+    Kernels { isa: Isa::Amx, half: Some(HalfKernels { round, pack, mul }), peak: Some(peak), ..avx512::kernels() }
 }
 
 /// Rows of a tile.
 const ROWS: usize = 16;
+/// Columns that one multiplication of tiles takes.
+const STEP: usize = 32;
 
-/// The shapes of the eight tiles, as LDTILECFG reads them.
+/// The shapes of the eight tiles, as LDTILECFG reads them: all are 16 rows of 64 bytes.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -74,103 +74,103 @@ struct Config {
 }
 
 impl Config {
-    /// Tiles 0..4 are sums (16 x 16 i32), 4 and 5 activations (16 rows of `sub` bytes), 6 and 7 weights (`sub / 4` rows
-    /// of 16 x 4 bytes).
-    fn new(sub: usize) -> Config {
+    fn new() -> Config {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        for tile in 0..8 {
-            config.row_bytes[tile] = if tile == 4 || tile == 5 { sub as u16 } else { 64 };
-            config.rows[tile] = if tile >= 6 { (sub / 4) as u8 } else { ROWS as u8 };
-        }
+        config.row_bytes[..8].fill(64);
+        config.rows[..8].fill(ROWS as u8);
         config
     }
 }
 
-/// Scale groups that are multiplied before their products are added up: so many fit in the nearest cache twice, and
-/// each sum is loaded and stored once for them all.
-const STEPS: usize = 4;
+fn round(x: &[f32], out: &mut [u16]) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    fn inner(x: &[f32], out: &mut [u16]) {
+        for (x, out) in x.as_chunks::<STEP>().0.iter().zip(out.as_chunks_mut::<STEP>().0) {
+            // SAFETY: 32 numbers each.
+            unsafe {
+                let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), both)
+            }
+        }
+    }
+    assert!(x.len() == out.len() && x.len().is_multiple_of(STEP));
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { inner(x, out) }
+}
 
-/// Rows whose sums are added up together, in registers.
-const STRIP: usize = ROW_BLOCK / STEPS;
+fn pack(format: Format) -> PackHalf {
+    struct Pick;
+    impl Visitor for Pick {
+        type Out = PackHalf;
+        fn visit<F: BlockFormat>(self) -> PackHalf {
+            pack_entry::<F>
+        }
+    }
+    format.visit(Pick).expect("a block format")
+}
 
-/// Products of two by two tiles: 32 rows, 2 panels.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Products([[[i32; PANEL]; ROWS]; 4]);
+fn pack_entry<F: BlockFormat>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    // SAFETY: this table is handed out only where `available`.
+    unsafe { pack_of::<F>(data, rows, cols, out) }
+}
 
-fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
-    let with_min = panels.iter().any(|p| !p.min.is_empty());
-    // SAFETY: this table is handed out only where `available`; `inner` checks the sizes.
-    unsafe {
-        match (panels[0].sub, with_min) {
-            (16, false) => inner::<16, false>(panels, x, rows, out, stride),
-            (16, true) => inner::<16, true>(panels, x, rows, out, stride),
-            (_, false) => inner::<32, false>(panels, x, rows, out, stride),
-            (_, true) => inner::<32, true>(panels, x, rows, out, stride),
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn pack_of<F: BlockFormat>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    let (len, bytes) = (F::FORMAT.block_len(), F::FORMAT.block_bytes());
+    let row_bytes = cols / len * bytes;
+    assert!(rows <= PANEL && data.len() >= rows * row_bytes && out.len() >= cols * PANEL);
+    if rows < PANEL {
+        out.fill(0);
+    }
+    // Pairs of columns of one weight row are 64 bytes apart: 16 rows share a line.
+    let places = _mm512_mullo_epi32(
+        _mm512_set1_epi32(PANEL as i32),
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+    );
+    for r in 0..rows {
+        let row = &data[r * row_bytes..(r + 1) * row_bytes];
+        for (b, block) in row.chunks_exact(bytes).enumerate() {
+            for i in 0..len / STEP {
+                let mut weights = [0f32; STEP];
+                F::group(block, i).decode(&mut weights);
+                let at = (b * (len / STEP) + i) * STEP * PANEL + 2 * r;
+                // SAFETY: 32 numbers; the last pair of this group and row is written at `at + 15 * 32 + 1`, which is
+                // inside the group's `32 * 16` numbers (asserted above for all groups).
+                unsafe {
+                    let (low, high) = (_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16)));
+                    let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                    _mm512_i32scatter_epi32::<4>(out.as_mut_ptr().add(at).cast(), places, pairs);
+                }
+            }
         }
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn inner<const SUB: usize, const MIN: bool>(
-    panels: &[CodePanel<'_>],
-    x: QuantizedRows<'_>,
-    rows: Range<usize>,
-    out: &mut [f32],
-    stride: usize,
-) {
+fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
     let (cols, padded) = (x.cols, x.padded);
-    let groups = cols / SUB;
     // With one panel the second tile of weights repeats the first and its products are left.
-    let pair = [&panels[0], panels.get(1).unwrap_or(&panels[0])];
-    for panel in pair {
-        assert!(panel.sub == SUB && panel.codes.len() >= cols * PANEL && panel.scale.len() >= groups * PANEL);
-        assert!(!MIN || panel.min.len() >= groups * PANEL);
-    }
+    let pair = [panels[0], panels.get(1).copied().unwrap_or(panels[0])];
+    assert!(cols.is_multiple_of(STEP) && pair.iter().all(|p| p.len() >= cols * PANEL));
     assert!(rows.start.is_multiple_of(ROW_BLOCK) && rows.end <= padded && padded.is_multiple_of(ROW_BLOCK));
-    assert!(x.all.q.len() >= padded * cols && x.d.len() >= padded * cols / 32);
-    assert!(x.s32.len() >= padded * cols / 32 && x.s16.len() >= padded * cols / 16);
+    assert!(x.all.len() >= padded * cols);
     assert!(rows.is_empty() || out.len() >= (rows.len() - 1) * stride + panels.len() * PANEL);
-    let config = Config::new(SUB);
+    let config = Config::new();
     // SAFETY: the processor has AMX and the process the permission; `config` is 64 bytes in the layout of palette 1.
     unsafe { asm!("ldtilecfg [{0}]", in(reg) &config, options(nostack, preserves_flags)) };
-    let mut products = [[Products([[[0; PANEL]; ROWS]; 4]); STEPS]; 2];
-    let mut sums = [[_mm512_setzero_ps(); 2]; ROW_BLOCK];
+    let mut edge = Products([0.0; ROW_BLOCK * 2 * PANEL]);
     for first in rows.clone().step_by(ROW_BLOCK) {
-        sums.fill([_mm512_setzero_ps(); 2]);
-        let chunks = groups.div_ceil(STEPS);
-        for chunk in 0..=chunks {
-            // While the tiles multiply one chunk, the vector units add up the one before.
-            let (multiplied, added) = products.split_at_mut(1);
-            let (multiplied, added) =
-                if chunk % 2 == 0 { (&mut multiplied[0], &added[0]) } else { (&mut added[0], &multiplied[0]) };
-            for step in 0..STEPS {
-                let s = chunk * STEPS + step;
-                if s < groups {
-                    // SAFETY: 32 rows of `cols` codes from row `first` on; `cols * 16` codes in each panel.
-                    unsafe {
-                        let a = x.all.q.as_ptr().add(first * cols + s * SUB);
-                        let at = s * SUB * PANEL;
-                        let w = [pair[0].codes.as_ptr().add(at), pair[1].codes.as_ptr().add(at)];
-                        multiply(a, a.add(ROWS * cols), cols, w, &mut multiplied[step]);
-                    }
-                }
-                if chunk > 0 {
-                    let from = (chunk - 1) * STEPS;
-                    let at = first + step * STRIP;
-                    let strip = &mut sums[step * STRIP..(step + 1) * STRIP];
-                    // SAFETY: scales and minimums of `groups` groups, activations' of `padded` rows (asserted above).
-                    unsafe { add_up::<SUB, MIN>(pair, &x, from, STEPS.min(groups - from), at, step, added, strip) };
-                }
-            }
-        }
-        for r in 0..ROW_BLOCK.min(rows.end - first) {
-            for p in 0..panels.len() {
-                // SAFETY: asserted above.
-                unsafe {
-                    let at = (first - rows.start + r) * stride + p * PANEL;
-                    _mm512_storeu_ps(out.as_mut_ptr().add(at), sums[r][p])
-                }
+        let used = ROW_BLOCK.min(rows.end - first);
+        let whole = used == ROW_BLOCK && panels.len() == 2;
+        let out = &mut out[(first - rows.start) * stride..];
+        let (to, distance) = if whole { (out.as_mut_ptr(), stride) } else { (edge.0.as_mut_ptr(), 2 * PANEL) };
+        // SAFETY: 32 rows of `cols` numbers from `first` on, `cols * 16` numbers in each panel, and 32 rows of 32 sums
+        // at `to`: asserted above, or the edge's own size.
+        unsafe { multiply(x.all.as_ptr().add(first * cols), cols, pair, to, distance) };
+        if !whole {
+            for r in 0..used {
+                let width = panels.len() * PANEL;
+                out[r * stride..][..width].copy_from_slice(&edge.0[r * 2 * PANEL..][..width]);
             }
         }
     }
@@ -178,104 +178,73 @@ fn inner<const SUB: usize, const MIN: bool>(
     unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
 }
 
-/// Adds the products of `steps` groups, from group `from` on, to the sums of the `strip`-th eight rows, which are
-/// activations `row` and on.
-///
-/// # Safety
-/// AVX-512; the panels have these groups and the activations these rows.
-#[inline(always)]
-unsafe fn add_up<const SUB: usize, const MIN: bool>(
-    pair: [&CodePanel<'_>; 2],
-    x: &QuantizedRows<'_>,
-    from: usize,
-    steps: usize,
-    row: usize,
-    strip: usize,
-    products: &[Products; STEPS],
-    sums: &mut [[__m512; 2]],
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let mut acc = [[_mm512_setzero_ps(); 2]; STRIP];
-        acc.copy_from_slice(sums);
-        for step in 0..steps {
-            let s = from + step;
-            let tiles = &products[step].0;
-            let (half, start) = (strip * STRIP / ROWS, strip * STRIP % ROWS);
-            let d = x.d.as_ptr().add(s * SUB / 32 * x.padded + row);
-            for p in 0..2 {
-                let scale = _mm512_loadu_ps(pair[p].scale.as_ptr().add(s * PANEL));
-                let dots = tiles[half * 2 + p].as_ptr().add(start);
-                for r in 0..STRIP {
-                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r)));
-                    let dot = _mm512_cvtepi32_ps(_mm512_load_si512(dots.add(r).cast()));
-                    acc[r][p] = _mm512_fmadd_ps(dot, factor, acc[r][p]);
-                }
-                if MIN {
-                    let min = _mm512_loadu_ps(pair[p].min.as_ptr().add(s * PANEL));
-                    let sum = (if SUB == 16 { x.s16 } else { x.s32 }).as_ptr().add(s * x.padded + row);
-                    for r in 0..STRIP {
-                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sum.add(r)), acc[r][p]);
-                    }
-                }
-            }
-        }
-        sums.copy_from_slice(&acc);
-    }
-}
+/// Sums of a block at the edge, of which not all are used.
+#[repr(C, align(64))]
+struct Products([f32; ROW_BLOCK * 2 * PANEL]);
 
-/// Multiplies 2 x 16 rows of codes (at distance `stride`) by two panels' next columns.
+/// 32 rows of `cols` activations at `x` times two panels, into 32 rows of 32 sums at distance `stride`.
 ///
 /// # Safety
-/// The tiles are configured by [`Config`] and every row that they read is there.
+/// The tiles are configured by [`Config`] and all of these numbers are there; `cols` is a positive multiple of 32.
 #[inline(always)]
-unsafe fn multiply(a0: *const i8, a1: *const i8, stride: usize, w: [*const i8; 2], out: &mut Products) {
-    let out = out.0.as_mut_ptr().cast::<u8>();
-    // SAFETY: the caller's promise; each product is 16 rows of 64 bytes.
+unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
     unsafe {
         asm!(
             "tilezero tmm0",
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
-            "tileloadd tmm4, [{a0} + {stride}]",
+            "2:",
+            "tileloadd tmm4, [{a0} + {row}]",
             "tileloadd tmm6, [{w0} + {line}]",
-            "tdpbssd tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{w1} + {line}]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a1} + {stride}]",
-            "tdpbssd tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
-            "tilestored [{out} + {line}], tmm0",
-            "tilestored [{out} + {line} + 1024], tmm1",
-            "tilestored [{out} + {line} + 2048], tmm2",
-            "tilestored [{out} + {line} + 3072], tmm3",
-            a0 = in(reg) a0,
-            a1 = in(reg) a1,
-            stride = in(reg) stride,
-            w0 = in(reg) w[0],
-            w1 = in(reg) w[1],
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, 64",
+            "add {a1}, 64",
+            "add {w0}, 1024",
+            "add {w1}, 1024",
+            "dec {steps}",
+            "jnz 2b",
+            "tilestored [{o0} + {to}], tmm0",
+            "tilestored [{o0} + {to} + 64], tmm1",
+            "tilestored [{o1} + {to}], tmm2",
+            "tilestored [{o1} + {to} + 64], tmm3",
+            a0 = inout(reg) x => _,
+            a1 = inout(reg) x.add(ROWS * cols) => _,
+            row = in(reg) 2 * cols,
+            w0 = inout(reg) panels[0].as_ptr() => _,
+            w1 = inout(reg) panels[1].as_ptr() => _,
             line = in(reg) 64usize,
-            out = in(reg) out,
+            steps = inout(reg) cols / STEP => _,
+            o0 = in(reg) out,
+            o1 = in(reg) out.add(ROWS * stride),
+            to = in(reg) 4 * stride,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack, preserves_flags),
+            options(nostack),
         );
     }
 }
 
-fn peak_int8(steps: u64) -> u64 {
-    let config = Config::new(64);
-    for _ in 0..steps / 256 {
+/// Keeps the matrix unit busy with tiles that are already there.
+fn peak(steps: u64) -> u64 {
+    let config = Config::new();
+    let rounds = steps / 256;
+    for _ in 0..rounds {
         // SAFETY: the processor has AMX and the process the permission; the tiles hold nothing that is used.
         unsafe {
             asm!(
                 "ldtilecfg [{config}]",
                 "2:",
-                "tdpbssd tmm0, tmm4, tmm6",
-                "tdpbssd tmm1, tmm4, tmm7",
-                "tdpbssd tmm2, tmm5, tmm6",
-                "tdpbssd tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
                 "dec {n}",
                 "jnz 2b",
                 "tilerelease",
@@ -287,5 +256,5 @@ fn peak_int8(steps: u64) -> u64 {
             );
         }
     }
-    steps / 256 * 64 * 4 * (2 * 16 * 16 * 64)
+    rounds * 64 * 4 * (2 * 16 * 16 * STEP as u64)
 }

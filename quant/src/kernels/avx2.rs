@@ -28,7 +28,8 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
-        peak_int8: Some(peak_int8),
+        half: None,
+        peak: Some(peak),
         lanes: compiled_lanes!("avx2,fma,f16c"),
     }
 }
@@ -378,7 +379,7 @@ fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     unsafe { inner(src, dst) }
 }
 
-fn peak_int8(steps: u64) -> u64 {
+fn peak(steps: u64) -> u64 {
     #[target_feature(enable = "avx2")]
     fn inner(steps: u64) -> __m256i {
         let (mut a, b, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi8(2), _mm256_set1_epi16(1));

@@ -33,7 +33,8 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
-        peak_int8: Some(peak_int8),
+        half: None,
+        peak: Some(peak),
         lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     }
 }
@@ -109,7 +110,7 @@ pub(super) fn dot_codes(format: Format) -> DotCodes {
 }
 
 /// Packs panels with codes as they are (`FLIP` 0) or raised by 128 (0x80).
-pub(super) fn pack_codes_flipped<const FLIP: u8>(format: Format) -> PackCodes {
+fn pack_codes_flipped<const FLIP: u8>(format: Format) -> PackCodes {
     fn entry<F: BlockFormat, const FLIP: u8>(
         data: &[u8],
         rows: usize,
@@ -191,10 +192,9 @@ fn mul_some<const R: usize, const P: usize>(
         assert!(panel.min.is_empty() || panel.min.len() >= groups * PANEL);
     }
     let rows = first + R;
-    assert!(x.all.q.len() >= rows * cols && rows <= x.padded && x.d.len() >= x.padded * cols / 32);
-    assert!(x.s16.len() >= x.padded * cols / 16 && x.s32.len() >= x.padded * cols / 32);
-    let (c, sums) = if sub == 16 { (x.all.c16, x.s16) } else { (x.all.c32, x.s32) };
-    assert!(c.len() >= rows * groups && out.len() >= (R - 1) * stride + P * PANEL);
+    assert!(x.all.q.len() >= rows * cols && x.all.d.len() >= rows * cols / 32);
+    let (c, sums) = if sub == 16 { (x.all.c16, x.all.s16) } else { (x.all.c32, x.all.s32) };
+    assert!(c.len() >= rows * groups && sums.len() >= rows * groups && out.len() >= (R - 1) * stride + P * PANEL);
     let quads = sub / 4;
     let with_min = !panels[0].min.is_empty();
     let q = x.all.q[first * cols..].as_ptr().cast::<i32>();
@@ -219,18 +219,18 @@ fn mul_some<const R: usize, const P: usize>(
                     }
                 }
             }
-            let d = x.d.as_ptr().add(s * sub / 32 * x.padded + first);
-            let sums = sums.as_ptr().add(s * x.padded + first);
+            let d = x.all.d.as_ptr().add(first * (cols / 32) + s * sub / 32);
+            let sums = sums.as_ptr().add(first * groups + s);
             for p in 0..P {
                 let scale = _mm512_loadu_ps(panels[p].scale.as_ptr().add(s * PANEL));
                 for r in 0..R {
-                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r)));
+                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(*d.add(r * (cols / 32))));
                     acc[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][p]), factor, acc[r][p]);
                 }
                 if with_min {
                     let min = _mm512_loadu_ps(panels[p].min.as_ptr().add(s * PANEL));
                     for r in 0..R {
-                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sums.add(r)), acc[r][p]);
+                        acc[r][p] = _mm512_fnmadd_ps(min, _mm512_set1_ps(*sums.add(r * groups)), acc[r][p]);
                     }
                 }
             }
@@ -457,7 +457,7 @@ pub(super) fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     unsafe { inner(src, dst) }
 }
 
-fn peak_int8(steps: u64) -> u64 {
+fn peak(steps: u64) -> u64 {
     #[target_feature(enable = "avx512f,avx512vnni")]
     fn inner(steps: u64) -> __m512i {
         let (mut a, b) = (_mm512_set1_epi8(3), _mm512_set1_epi8(2));

@@ -441,6 +441,11 @@ unsafe fn prepare<C: Codes, const R: usize>(
             let at = first.add(r * row_bytes);
             let [a, b] = C::scales(at, n);
             let to = factors[r].0.as_mut_ptr();
+            // The same part of the rows that come next: their scales are far apart, and the processor would wait for
+            // each. (A prefetch beyond the end of the weights does nothing.)
+            for line in (0..C::RUN).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes + line).cast());
+            }
             if C::HALVES {
                 let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
                 let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));

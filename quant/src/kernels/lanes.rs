@@ -101,19 +101,23 @@ fn erf(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn activation(kind: Activation) -> impl Fn(f32) -> f32 {
-    move |x| match kind {
-        Activation::Silu => x * sigmoid(x),
-        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-        Activation::GeluTanh => 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))),
-        Activation::Relu => {
-            if x < 0.0 {
-                0.0
-            } else {
-                x
-            }
-        }
-    }
+fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x)))
+}
+
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
 }
 
 #[inline(always)]
@@ -216,27 +220,43 @@ pub fn exp_sum(max: f32, x: &mut [f32]) -> f32 {
     sum(x)
 }
 
+/// Runs `$body` with `$f` standing for the activation `$kind`: a loop for each, so that each is a straight line of
+/// vector code. (No closures: they would not take on the target features of their caller.)
+macro_rules! with_activation {
+    ($kind:expr, $f:ident => $body:expr) => {
+        match $kind {
+            Activation::Silu => {
+                use silu as $f;
+                $body
+            }
+            Activation::Gelu => {
+                use gelu as $f;
+                $body
+            }
+            Activation::GeluTanh => {
+                use gelu_tanh as $f;
+                $body
+            }
+            Activation::Relu => {
+                use relu as $f;
+                $body
+            }
+        }
+    };
+}
+
 #[inline(always)]
 pub fn activate(kind: Activation, x: &mut [f32]) {
-    // A loop for each kind, so that each is a straight line of vector code.
-    macro_rules! each {
-        ($($k:ident),*) => { match kind { $(Activation::$k => {
-            let f = activation(Activation::$k);
-            for v in x { *v = f(*v) }
-        })* } };
-    }
-    each!(Silu, Gelu, GeluTanh, Relu)
+    with_activation!(kind, f => for v in x {
+        *v = f(*v);
+    })
 }
 
 #[inline(always)]
 pub fn gate(kind: Activation, gate: &mut [f32], up: &[f32]) {
-    macro_rules! each {
-        ($($k:ident),*) => { match kind { $(Activation::$k => {
-            let f = activation(Activation::$k);
-            for (g, u) in gate.iter_mut().zip(up) { *g = f(*g) * u }
-        })* } };
-    }
-    each!(Silu, Gelu, GeluTanh, Relu)
+    with_activation!(kind, f => for (g, u) in gate.iter_mut().zip(up) {
+        *g = f(*g) * u;
+    })
 }
 
 #[inline(always)]

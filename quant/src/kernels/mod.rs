@@ -164,18 +164,38 @@ pub struct CodePanel<'a> {
 /// Rows of 8-bit activations, one after another: `QuantizedRow`s of `cols` columns.
 #[derive(Clone, Copy)]
 pub struct QuantizedRows<'a> {
-    /// The arrays of all rows. Codes have room for whole blocks of [`ROW_BLOCK`] rows.
+    /// The arrays of all rows.
     pub all: QuantizedRow<'a>,
     /// Columns of a row.
     pub cols: usize,
-    /// The same by columns, for many rows at a time: scales `[cols / 32][padded]`.
-    pub d: &'a [f32],
-    /// `s16` by columns, `[cols / 16][padded]`.
-    pub s16: &'a [f32],
-    /// `s32` by columns, `[cols / 32][padded]`.
-    pub s32: &'a [f32],
+}
+
+/// Rows of bf16 activations, one after another.
+#[derive(Clone, Copy)]
+pub struct HalfRows<'a> {
+    /// `[padded, cols]`.
+    pub all: &'a [u16],
+    /// Columns of a row; a multiple of 32.
+    pub cols: usize,
     /// Rows rounded up to a multiple of [`ROW_BLOCK`].
     pub padded: usize,
+}
+
+/// Unpacks `rows` (at most 16) packed weight rows of `cols` columns into a panel of bf16, interleaved
+/// `[cols / 2][16][2]`; absent rows become zeros.
+pub type PackHalf = fn(data: &[u8], rows: usize, cols: usize, out: &mut [u16]);
+/// [`MulPanels`] for bf16. The rows begin at a multiple of [`ROW_BLOCK`].
+pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
+
+/// Kernels for many rows of bf16.
+#[derive(Clone, Copy)]
+pub struct HalfKernels {
+    /// f32 to bf16, to nearest even; a multiple of 32 numbers.
+    pub round: fn(x: &[f32], out: &mut [u16]),
+    /// For block formats.
+    pub pack: fn(Format) -> PackHalf,
+    /// The products.
+    pub mul: MulHalf,
 }
 
 /// Rows that the widest kernels take at a time.
@@ -205,7 +225,7 @@ pub type PackCodes = fn(data: &[u8], rows: usize, cols: usize, codes: &mut [i8],
 /// Unpacks `rows` (at most 16) rows of `cols` floats into `[cols][16]` f32; absent rows become zeros.
 pub type PackFloats = fn(data: &[u8], rows: usize, cols: usize, out: &mut [f32]);
 /// `out[r * stride + p * 16 + o] = x[r] . panels[p][o]` for the rows `rows` of `x` and one or two
-/// panels. The rows begin at a multiple of [`ROW_BLOCK`].
+/// panels.
 pub type MulPanels =
     fn(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
 /// `c[r * ldc + j] (+)= sum_k a[r * lda + k] * b[j / 16][k][j % 16]` for `m` rows and `n` columns, where `b` holds
@@ -255,8 +275,10 @@ pub struct Kernels {
     pub f16_to_f32: fn(src: &[u16], dst: &mut [f32]),
     /// f32 to f16 bits, round to nearest even.
     pub f32_to_f16: fn(src: &[f32], dst: &mut [u16]),
-    /// Keeps the unit that multiplies 8-bit integers busy for about so many steps and gives the number of operations.
-    pub peak_int8: Option<fn(steps: u64) -> u64>,
+    /// Many rows of bf16, where that is faster than integers for block formats.
+    pub half: Option<HalfKernels>,
+    /// Keeps the unit that multiplies prompts' rows busy for about so many steps and gives the number of operations.
+    pub peak: Option<fn(steps: u64) -> u64>,
     /// Element-wise operations and short reductions, compiled for this instruction set.
     pub lanes: Lanes,
 }

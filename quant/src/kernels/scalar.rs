@@ -22,7 +22,8 @@ pub(crate) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
-        peak_int8: None,
+        half: None,
+        peak: None,
         lanes: lanes::PLAIN,
     }
 }

@@ -82,25 +82,19 @@ struct Activations {
     s32: Aligned<f32>,
     c16: Aligned<i32>,
     c32: Aligned<i32>,
-    by_columns: [Vec<f32>; 3],
-    padded: usize,
     cols: usize,
 }
 
 impl Activations {
     fn new(kernels: &Kernels, x: &[f32], cols: usize) -> Self {
         let n = x.len();
-        let rows = n / cols;
-        let padded = rows.next_multiple_of(ROW_BLOCK);
         let mut a = Activations {
-            q: Aligned::zeroed(padded * cols),
+            q: Aligned::zeroed(n),
             d: Aligned::zeroed(n / 32),
             s16: Aligned::zeroed(n / 16),
             s32: Aligned::zeroed(n / 32),
             c16: Aligned::zeroed(n / 16),
             c32: Aligned::zeroed(n / 32),
-            by_columns: Default::default(),
-            padded,
             cols,
         };
         let all = QuantizedRowMut {
@@ -112,22 +106,13 @@ impl Activations {
             c32: &mut a.c32,
         };
         (kernels.quantize)(x, all);
-        a.by_columns = [(&a.d, 32), (&a.s16, 16), (&a.s32, 32)].map(|(plain, each)| {
-            let width = cols / each;
-            let mut turned = vec![0.0; width * padded];
-            for (i, x) in plain.iter().enumerate() {
-                turned[i % width * padded + i / width] = *x;
-            }
-            turned
-        });
         a
     }
 
     fn rows(&self) -> QuantizedRows<'_> {
         let all =
             QuantizedRow { q: &self.q, d: &self.d, s16: &self.s16, s32: &self.s32, c16: &self.c16, c32: &self.c32 };
-        let [d, s16, s32] = &self.by_columns;
-        QuantizedRows { all, cols: self.cols, d, s16, s32, padded: self.padded }
+        QuantizedRows { all, cols: self.cols }
     }
 
     /// What row `r` stands for.

@@ -160,7 +160,12 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
     let Some((name, value)) = rest.split_once(char::is_whitespace) else {
         ensure!(rest.is_empty(), "/set needs a name and a value, such as /set temperature 0.5");
         for (name, value) in map.iter().filter(|(_, v)| v.is_number() || v.is_null()) {
-            let value = if value.is_null() { "-".into() } else { value.to_string() };
+            let value = match (value.as_u64(), value.as_f64()) {
+                (Some(whole), _) => whole.to_string(),
+                // Back to f32: 0.95, not the f64 beside it.
+                (None, Some(v)) => (v as f32).to_string(),
+                (None, None) => "-".into(),
+            };
             talk.say(&format!("{name:20}{value}"))?;
         }
         let most = talk.ask.max_tokens.map_or("-".into(), |n| n.to_string());
@@ -215,7 +220,11 @@ fn adapters(talk: &mut Talk, rest: &str) -> Result<()> {
     talk.engine.set_adapters(&wanted)?;
     talk.session.clear_cache(&mut talk.engine);
     talk.adapters = wanted;
-    talk.say(&format!("{} adapters in force.", talk.adapters.len()))
+    match talk.adapters.len() {
+        0 => talk.say("No adapter is in force."),
+        1 => talk.say("1 adapter is in force."),
+        n => talk.say(&format!("{n} adapters are in force.")),
+    }
 }
 
 fn stats(talk: &mut Talk) -> Result<()> {

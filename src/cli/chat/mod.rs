@@ -5,7 +5,7 @@ mod input;
 
 use super::markdown::Markdown;
 use super::run::LONG_PROMPT;
-use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt};
+use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, one_line};
 use crate::engine::Engine;
 use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
@@ -130,8 +130,7 @@ impl Talk {
                 Ok(()) => {}
                 // A person can try something else; a script cannot.
                 Err(e) if self.typed && !is_closed_pipe(&e) => {
-                    let line = format!("{e:#}").split_whitespace().collect::<Vec<_>>().join(" ");
-                    writeln!(std::io::stderr(), "error: {line}")?;
+                    writeln!(std::io::stderr(), "error: {}", one_line(&e))?;
                 }
                 Err(e) => return Err(e),
             }

@@ -59,7 +59,8 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         gemm: many::gemm,
         f16_to_f32,
         f32_to_f16,
-        peak_int8: None,
+        half: None,
+        peak: None,
         lanes: lanes::PLAIN,
     }
 }
