@@ -21,10 +21,13 @@ pub(super) trait Codes: BlockFormat {
 
     /// Codes of group `g`, raised by `ZERO`.
     unsafe fn codes(run: *const u8, g: usize) -> __m256i;
-    /// Scales of the first `n` groups: one a group in `[0]`, or with `HALVES` one a half in both.
-    unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2];
+    /// Scales: one a group in `[0]`, or with `HALVES` one a half in both.
+    unsafe fn scales(run: *const u8) -> [__m256; 2];
     /// Minimums, likewise.
-    unsafe fn mins(run: *const u8, n: usize) -> [__m256; 2];
+    unsafe fn mins(run: *const u8) -> [__m256; 2];
+    /// Scale of group `g` in every lane, and its minimum: for the groups behind the last whole run, which only formats
+    /// of one group a block have.
+    unsafe fn scale_and_min(run: *const u8, g: usize) -> (__m256, f32);
 }
 
 /// Products of unsigned codes and signed activations.
@@ -75,28 +78,20 @@ unsafe fn shift_right(x: __m256i, by: usize) -> __m256i {
     unsafe { _mm256_srl_epi16(x, _mm_cvtsi64_si128(by as i64)) }
 }
 
-/// f16 numbers at `p`, `p + stride`, ...
+/// Eight f16 numbers at `p`, `p + stride`, ...
 #[inline(always)]
-unsafe fn halves_at(p: *const u8, stride: usize, n: usize) -> __m256 {
-    // SAFETY: the caller's pointer has `n` numbers at this distance.
+unsafe fn halves_at(p: *const u8, stride: usize) -> __m256 {
+    // SAFETY: the caller's pointer has eight numbers at this distance.
     unsafe {
         let at = |i: usize| i32::from(p.add(i * stride).cast::<u16>().read_unaligned());
-        if n == 8 {
-            let x = _mm_cvtsi32_si128(at(0));
-            let x = _mm_insert_epi16::<1>(x, at(1));
-            let x = _mm_insert_epi16::<2>(x, at(2));
-            let x = _mm_insert_epi16::<3>(x, at(3));
-            let x = _mm_insert_epi16::<4>(x, at(4));
-            let x = _mm_insert_epi16::<5>(x, at(5));
-            let x = _mm_insert_epi16::<6>(x, at(6));
-            _mm256_cvtph_ps(_mm_insert_epi16::<7>(x, at(7)))
-        } else {
-            let mut all = [0u16; 8];
-            for (i, half) in all.iter_mut().enumerate().take(n) {
-                *half = at(i) as u16;
-            }
-            _mm256_cvtph_ps(_mm_loadu_si128(all.as_ptr().cast()))
-        }
+        let x = _mm_cvtsi32_si128(at(0));
+        let x = _mm_insert_epi16::<1>(x, at(1));
+        let x = _mm_insert_epi16::<2>(x, at(2));
+        let x = _mm_insert_epi16::<3>(x, at(3));
+        let x = _mm_insert_epi16::<4>(x, at(4));
+        let x = _mm_insert_epi16::<5>(x, at(5));
+        let x = _mm_insert_epi16::<6>(x, at(6));
+        _mm256_cvtph_ps(_mm_insert_epi16::<7>(x, at(7)))
     }
 }
 
@@ -135,16 +130,25 @@ macro_rules! legacy {
                 }
             }
             #[inline(always)]
-            unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2] {
+            unsafe fn scales(run: *const u8) -> [__m256; 2] {
                 // SAFETY: each block begins with its scale.
-                unsafe { [halves_at(run, Self::BYTES, n), _mm256_setzero_ps()] }
+                unsafe { [halves_at(run, Self::BYTES), _mm256_setzero_ps()] }
             }
             #[inline(always)]
-            unsafe fn mins(run: *const u8, n: usize) -> [__m256; 2] {
+            unsafe fn mins(run: *const u8) -> [__m256; 2] {
                 // SAFETY: a format with minimums has them behind the scale. They are stored negated.
                 unsafe {
-                    let m = if Self::HAS_MIN { halves_at(run.add(2), Self::BYTES, n) } else { _mm256_setzero_ps() };
+                    let m = if Self::HAS_MIN { halves_at(run.add(2), Self::BYTES) } else { _mm256_setzero_ps() };
                     [_mm256_sub_ps(_mm256_setzero_ps(), m), _mm256_setzero_ps()]
+                }
+            }
+            #[inline(always)]
+            unsafe fn scale_and_min(run: *const u8, g: usize) -> (__m256, f32) {
+                // SAFETY: as above.
+                unsafe {
+                    let block = run.add(g * Self::BYTES);
+                    let min = if Self::HAS_MIN { -_mm256_cvtss_f32(half_at(block.add(2))) } else { 0.0 };
+                    (half_at(block), min)
                 }
             }
         }
@@ -166,9 +170,14 @@ impl Codes for MXFP4 {
         unsafe { lookup(&MXFP4_TABLE, 16, nibbles(run.add(g * Self::BYTES + 1))) }
     }
     #[inline(always)]
-    unsafe fn scales(run: *const u8, n: usize) -> [__m256; 2] {
+    unsafe fn scale_and_min(run: *const u8, g: usize) -> (__m256, f32) {
+        // SAFETY: each block begins with its exponent.
+        unsafe { (_mm256_set1_ps(e8m0_half(*run.add(g * Self::BYTES))), 0.0) }
+    }
+    #[inline(always)]
+    unsafe fn scales(run: *const u8) -> [__m256; 2] {
         let mut scales = [0f32; 8];
-        for (g, scale) in scales.iter_mut().enumerate().take(n) {
+        for (g, scale) in scales.iter_mut().enumerate() {
             // SAFETY: each block begins with its exponent.
             *scale = e8m0_half(unsafe { *run.add(g * Self::BYTES) });
         }
@@ -176,7 +185,7 @@ impl Codes for MXFP4 {
         unsafe { [_mm256_loadu_ps(scales.as_ptr()), _mm256_setzero_ps()] }
     }
     #[inline(always)]
-    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn mins(_: *const u8) -> [__m256; 2] {
         // SAFETY: the caller has AVX2.
         unsafe { [_mm256_setzero_ps(); 2] }
     }
@@ -190,7 +199,7 @@ impl Codes for Q2_K {
         unsafe { _mm256_and_si256(shift_right(load(run.add(16 + 32 * (g / 4))), 2 * (g % 4)), _mm256_set1_epi8(3)) }
     }
     #[inline(always)]
-    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn scales(run: *const u8) -> [__m256; 2] {
         // SAFETY: 16 bytes of scales at the start, f16 at 80.
         unsafe {
             let s = _mm_and_si128(_mm_loadu_si128(run.cast()), _mm_set1_epi8(15));
@@ -199,13 +208,17 @@ impl Codes for Q2_K {
         }
     }
     #[inline(always)]
-    unsafe fn mins(run: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn mins(run: *const u8) -> [__m256; 2] {
         // SAFETY: 16 bytes of minimums at the start, f16 at 82.
         unsafe {
             let m = _mm_and_si128(_mm_srli_epi16::<4>(_mm_loadu_si128(run.cast())), _mm_set1_epi8(15));
             let d = half_at(run.add(82));
             [_mm256_mul_ps(d, bytes_to_f32(m)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(m)))]
         }
+    }
+    #[inline(always)]
+    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
+        unreachable!("blocks of 256 are whole runs")
     }
 }
 
@@ -221,7 +234,7 @@ impl Codes for Q3_K {
         }
     }
     #[inline(always)]
-    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn scales(run: *const u8) -> [__m256; 2] {
         // SAFETY: 12 bytes of scales at 96, f16 at 108.
         unsafe {
             let word = |i: usize| run.add(96 + 4 * i).cast::<u32>().read_unaligned();
@@ -239,9 +252,13 @@ impl Codes for Q3_K {
         }
     }
     #[inline(always)]
-    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn mins(_: *const u8) -> [__m256; 2] {
         // SAFETY: the caller has AVX2.
         unsafe { [_mm256_setzero_ps(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
+        unreachable!("blocks of 256 are whole runs")
     }
 }
 
@@ -269,16 +286,20 @@ macro_rules! four_and_five_bits {
                 unsafe { $codes }
             }
             #[inline(always)]
-            unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+            unsafe fn scales(run: *const u8) -> [__m256; 2] {
                 // SAFETY: f16 at the start, packed scales at 4.
                 unsafe { [_mm256_mul_ps(half_at(run), bytes_to_f32(six_bits(run.add(4)).0)), _mm256_setzero_ps()] }
             }
             #[inline(always)]
-            unsafe fn mins(run: *const u8, _: usize) -> [__m256; 2] {
+            unsafe fn mins(run: *const u8) -> [__m256; 2] {
                 // SAFETY: f16 at 2, packed minimums at 4.
                 unsafe {
                     [_mm256_mul_ps(half_at(run.add(2)), bytes_to_f32(six_bits(run.add(4)).1)), _mm256_setzero_ps()]
                 }
+            }
+            #[inline(always)]
+            unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
+                unreachable!("blocks of 256 are whole runs")
             }
         }
     };
@@ -310,7 +331,7 @@ impl Codes for Q6_K {
         }
     }
     #[inline(always)]
-    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn scales(run: *const u8) -> [__m256; 2] {
         // SAFETY: 16 bytes of scales at 192, f16 at 208.
         unsafe {
             let s = _mm_loadu_si128(run.add(192).cast());
@@ -319,9 +340,13 @@ impl Codes for Q6_K {
         }
     }
     #[inline(always)]
-    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn mins(_: *const u8) -> [__m256; 2] {
         // SAFETY: the caller has AVX2.
         unsafe { [_mm256_setzero_ps(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
+        unreachable!("blocks of 256 are whole runs")
     }
 }
 
@@ -333,7 +358,7 @@ impl Codes for IQ4_XS {
         unsafe { lookup(&IQ4_TABLE, 128, nibbles(run.add(8 + 16 * g))) }
     }
     #[inline(always)]
-    unsafe fn scales(run: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn scales(run: *const u8) -> [__m256; 2] {
         // SAFETY: f16 at the start, high bits at 2, low ones at 4.
         unsafe {
             let high = u32::from(run.add(2).cast::<u16>().read_unaligned());
@@ -348,9 +373,13 @@ impl Codes for IQ4_XS {
         }
     }
     #[inline(always)]
-    unsafe fn mins(_: *const u8, _: usize) -> [__m256; 2] {
+    unsafe fn mins(_: *const u8) -> [__m256; 2] {
         // SAFETY: the caller has AVX2.
         unsafe { [_mm256_setzero_ps(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
+        unreachable!("blocks of 256 are whole runs")
     }
 }
 
@@ -427,24 +456,24 @@ struct Factors([f32; 16]);
 unsafe fn prepare<C: Codes, const R: usize>(
     first: *const u8,
     row_bytes: usize,
-    n: usize,
+    ahead: usize,
     d: *const f32,
     s32: *const f32,
     s16: *const f32,
     factors: &mut [Factors; R],
     mins: &mut [__m256; R],
 ) {
-    // SAFETY: the caller vouches for `n` groups in each row, and eight (`s16`: sixteen) numbers behind each pointer.
+    // SAFETY: the caller vouches for a run in each row, and eight (`s16`: sixteen) numbers behind each pointer.
     unsafe {
         let d = _mm256_loadu_ps(d);
         for r in 0..R {
             let at = first.add(r * row_bytes);
-            let [a, b] = C::scales(at, n);
+            let [a, b] = C::scales(at);
             let to = factors[r].0.as_mut_ptr();
-            // The same part of the rows that come next: their scales are far apart, and the processor would wait for
-            // each. (A prefetch beyond the end of the weights does nothing.)
+            // The same part of rows to come: several rows at a time are more streams than the processor follows by
+            // itself. (A prefetch beyond the end of the weights does nothing.)
             for line in (0..C::RUN).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes + line).cast());
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line).cast());
             }
             if C::HALVES {
                 let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
@@ -455,7 +484,7 @@ unsafe fn prepare<C: Codes, const R: usize>(
                 _mm256_store_ps(to, _mm256_mul_ps(a, d));
             }
             if C::HAS_MIN {
-                let [a, b] = C::mins(at, n);
+                let [a, b] = C::mins(at);
                 if C::HALVES {
                     mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s16), mins[r]);
                     mins[r] = _mm256_fmadd_ps(b, _mm256_loadu_ps(s16.add(8)), mins[r]);
@@ -510,23 +539,31 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
         let mut mins = [_mm256_setzero_ps(); R];
         let mut factors = [const { Factors([0.0; 16]) }; R];
         let q = x.q.as_ptr();
+        // Whole steps of R rows, at least so far that memory answers in time.
+        let ahead = (4096usize.div_ceil(R * row_bytes.max(1))) * R * row_bytes;
         for run in 0..groups / 8 {
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
-            prepare::<C, R>(first, row_bytes, 8, d, s32, s16, &mut factors, &mut mins);
+            prepare::<C, R>(first, row_bytes, ahead, d, s32, s16, &mut factors, &mut mins);
             eight_times!(G => multiply::<C, D, R>(first, row_bytes, G, q.add((at + G) * 32), &factors, &mut sums));
         }
-        let left = groups % 8;
-        if left > 0 {
-            let (first, at) = (first.add(groups / 8 * C::RUN), groups - left);
-            let (mut d, mut s32, mut s16) = ([0f32; 8], [0f32; 8], [0f32; 16]);
-            d[..left].copy_from_slice(&x.d[at..]);
-            s32[..left].copy_from_slice(&x.s32[at..]);
-            s16[..2 * left].copy_from_slice(&x.s16[2 * at..]);
-            let (d, s32, s16) = (d.as_ptr(), s32.as_ptr(), s16.as_ptr());
-            prepare::<C, R>(first, row_bytes, left, d, s32, s16, &mut factors, &mut mins);
-            for g in 0..left {
-                multiply::<C, D, R>(first, row_bytes, g, q.add((at + g) * 32), &factors, &mut sums);
+        if C::GROUPS == 1 {
+            let first = first.add(groups / 8 * C::RUN);
+            for g in 0..groups % 8 {
+                let at = groups / 8 * 8 + g;
+                let a = _mm256_loadu_si256(q.add(at * 32).cast());
+                let start = D::start(C::ZERO, a);
+                let d = _mm256_set1_ps(x.d[at]);
+                for r in 0..R {
+                    let row = first.add(r * row_bytes);
+                    let (scale, min) = C::scale_and_min(row, g);
+                    let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, C::codes(row, g), a));
+                    sums[r] = _mm256_fmadd_ps(dots, _mm256_mul_ps(scale, d), sums[r]);
+                    if C::HAS_MIN {
+                        let min = _mm256_zextps128_ps256(_mm_set_ss(min * x.s32[at]));
+                        mins[r] = _mm256_add_ps(mins[r], min);
+                    }
+                }
             }
         }
         for r in 0..R {
