@@ -98,4 +98,10 @@ case "$target" in
 esac
 (cd -- "$root" && cargo build --release --locked --bin rushlight --target-dir "$target") >&2 ||
     fail "the build failed: the reason is above"
-exec "$target/release/rushlight" "$command" smollm2 "$@"
+# So small a model answers best when it says what is likeliest; arguments given here take their place.
+likely=()
+if [ "$command" = run ]; then
+    case " $* " in *" --temp"*) ;; *) likely+=(--temp 0) ;; esac
+    case " $* " in *" --system"* | *" --raw"*) ;; *) likely+=(--system "You are a helpful AI assistant.") ;; esac
+fi
+exec "$target/release/rushlight" "$command" smollm2 ${likely[@]+"${likely[@]}"} "$@"

@@ -83,7 +83,7 @@ plainer_instruction_sets() {
     local flags
     flags=" $(grep -m 1 '^flags' /proc/cpuinfo 2>/dev/null || true) "
     case "$flags" in *" avx512_vnni "*) echo avx2 ;; esac
-    case "$flags" in *" amx_int8 "*) echo avx512 ;; esac
+    case "$flags" in *" amx_bf16 "*) echo avx512 ;; esac
 }
 for isa in $(plainer_instruction_sets); do
     part "families on $isa"

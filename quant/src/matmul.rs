@@ -214,20 +214,28 @@ impl Cpu {
         weights: &[Matrix<'_>],
         out: &[Disjoint<'_, f32>],
     ) {
-        // Some 16 KiB of weights a task: long against a hand-out, short against a core's share of a matrix.
+        // A few tasks a thread: long stretches of memory, so that what a kernel fetches ahead is its own, and yet the
+        // thread that is free first takes more. (A row's sum does not depend on the cut.)
         let cols = quantized.cols;
-        let tasks = tasks(weights, |w| (16384 / w.row_bytes().max(1)).next_multiple_of(8).clamp(8, 512));
+        let total: usize = weights.iter().map(|w| w.data.len()).sum();
+        let share = (total / (4 * self.threads())).max(32 << 10);
+        let tasks = tasks(weights, |w| (share / w.row_bytes().max(1)).next_multiple_of(8));
         self.team.run(tasks.len(), &|t| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
-            let data = &w.data[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
-            for r in 0..n {
-                // SAFETY: a row range of a matrix belongs to one task.
-                let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
-                if w.format.is_float() {
-                    (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
-                } else {
-                    (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
+            // Several sequences take turns at a part that stays in the nearest cache.
+            let step = if n == 1 { rows.len() } else { (16384 / w.row_bytes().max(1)).next_multiple_of(8) };
+            for start in rows.clone().step_by(step.max(1)) {
+                let end = rows.end.min(start + step);
+                let data = &w.data[start * w.row_bytes()..end * w.row_bytes()];
+                for r in 0..n {
+                    // SAFETY: a row range of a matrix belongs to one task.
+                    let out = unsafe { out[i].slice(r * w.rows + start..r * w.rows + end) };
+                    if w.format.is_float() {
+                        (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
+                    } else {
+                        (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
+                    }
                 }
             }
         });

@@ -70,7 +70,7 @@ impl Engine {
         let spec = &model.spec;
         let context = options.context.unwrap_or(spec.context_length.min(DEFAULT_CONTEXT));
         if context == 0 {
-            bail!("a context of 0 tokens holds nothing; leave --context out or ask for more");
+            bail!("a context of 0 tokens holds nothing; leave --ctx out or ask for more");
         }
         if context > spec.context_length {
             tracing::warn!(
@@ -288,11 +288,11 @@ impl Engine {
         }
         match (self.len(slot), self.context) {
             (0, context) if ids.len() > context => bail!(
-                "the prompt has {} tokens but the context holds {context}; shorten it or ask for more with --context",
+                "the prompt has {} tokens but the context holds {context}; shorten it or ask for more with --ctx",
                 ids.len()
             ),
             (held, context) if ids.len() > context - held => bail!(
-                "{} more tokens do not fit: {held} of the context's {context} are taken; ask for more with --context",
+                "{} more tokens do not fit: {held} of the context's {context} are taken; ask for more with --ctx",
                 ids.len()
             ),
             _ => Ok(()),

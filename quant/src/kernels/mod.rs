@@ -29,7 +29,7 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F/BW/DQ/VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
-    /// AVX-512 with the AMX int8 matrix unit (Sapphire Rapids and later).
+    /// AVX-512 with the AMX bf16 matrix unit (Sapphire Rapids and later).
     Amx,
     /// AArch64 Advanced SIMD; dot products and i8mm are used where the processor has them.
     Neon,
