@@ -1,4 +1,5 @@
 use crate::kernels::{Isa, Kernels};
+use crate::matmul::PromptRounding;
 use crate::threads::Team;
 
 /// This machine's processor as the rest of the crate uses it: the worker team and the kernels of one instruction set.
@@ -6,12 +7,19 @@ use crate::threads::Team;
 pub struct Cpu {
     pub(crate) team: Team,
     pub(crate) kernels: Kernels,
+    pub(crate) prompt_rounding: PromptRounding,
 }
 
 impl Cpu {
     /// A team of `threads` with the kernels of `isa` (the scalar ones where this machine lacks it).
     pub fn new(threads: usize, isa: Isa) -> Cpu {
-        Cpu { team: Team::new(threads), kernels: isa.kernels() }
+        Cpu { team: Team::new(threads), kernels: isa.kernels(), prompt_rounding: PromptRounding::default() }
+    }
+
+    /// The same, with prompts rounded as `rounding` says.
+    pub fn with_prompt_rounding(mut self, rounding: PromptRounding) -> Cpu {
+        self.prompt_rounding = rounding;
+        self
     }
 
     /// Threads in the team, the caller included.

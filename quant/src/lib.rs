@@ -13,4 +13,4 @@ pub mod threads;
 
 pub use cpu::{Cpu, physical_cores};
 pub use kernels::Isa;
-pub use matmul::{Matrix, Phase};
+pub use matmul::{Matrix, Phase, PromptRounding};

@@ -12,6 +12,7 @@
 //! | many | AMX | bf16 | rounded to bf16 |
 //! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
 //!
+//! [`PromptRounding::EightBits`] has many rows rounded as few rows are.
 //! Sums of integer products are exact within a scale group, and f32 across groups.
 
 use crate::buffer::Aligned;
@@ -31,6 +32,16 @@ pub enum Phase {
     Prompt,
     /// A token for each sequence, one after another: few rows.
     Generate,
+}
+
+/// How the activations of a prompt are rounded when they meet block formats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptRounding {
+    /// bf16 or 16 bits, as the table above says.
+    #[default]
+    Fine,
+    /// 8 bits, as those of generated tokens are: for measuring what generation loses.
+    EightBits,
 }
 
 /// A weight matrix in its packed form: `rows` outputs of `cols` inputs, row by row.
@@ -187,7 +198,7 @@ impl Cpu {
         ROUNDED.with_borrow_mut(|rounded| {
             let coded = weights.iter().any(|w| !w.format.is_float());
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
-            match (phase, self.kernels.half) {
+            match (phase, self.half()) {
                 (Phase::Generate, _) => {
                     if coded {
                         rounded.quantize(self, x, n, cols, false);
@@ -197,13 +208,22 @@ impl Cpu {
                 (Phase::Prompt, half) => {
                     match &half {
                         Some(half) if coded => rounded.round_half(self, half, x, n, cols),
-                        None if coded => rounded.quantize(self, x, n, cols, true),
+                        None if coded => rounded.quantize(self, x, n, cols, self.fine()),
                         _ => {}
                     }
                     self.many_rows(x, rounded, n, weights, &out);
                 }
             }
         });
+    }
+
+    fn fine(&self) -> bool {
+        self.prompt_rounding == PromptRounding::Fine
+    }
+
+    /// The kernels for bf16, where they are to be used.
+    fn half(&self) -> Option<HalfKernels> {
+        self.kernels.half.filter(|_| self.fine())
     }
 
     fn few_rows(
@@ -253,14 +273,14 @@ impl Cpu {
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
-                match self.kernels.half {
+                match self.half() {
                     _ if w.format.is_float() => panels.unpack_floats(self, w, &rows),
                     Some(half) => panels.unpack_half(&half, w, &rows),
                     None => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
-                    match self.kernels.half {
+                    match self.half() {
                         _ if w.format.is_float() => {
                             let shape = GemmShape {
                                 m: end - start,
@@ -282,8 +302,10 @@ impl Cpu {
                             let (two, used) = panels.code_panels(w, width);
                             let x = rounded.rows(cols);
                             (self.kernels.mul_panels)(&two[..used], x, start..end, &mut tile, WIDTH);
-                            (self.kernels.mul_panels)(&two[..used], x, n + start..n + end, &mut second, WIDTH);
-                            (self.kernels.lanes.add)(&second, &mut tile);
+                            if self.fine() {
+                                (self.kernels.mul_panels)(&two[..used], x, n + start..n + end, &mut second, WIDTH);
+                                (self.kernels.lanes.add)(&second, &mut tile);
+                            }
                         }
                     }
                     for r in start..end {

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use rushlight_quant::formats::Format;
 use rushlight_quant::ops::{Activation, Attention, AttentionSequence, Kv, RopeLayout};
-use rushlight_quant::{Cpu, Isa, Matrix, Phase};
+use rushlight_quant::{Cpu, Isa, Matrix, Phase, PromptRounding};
 
 fn all() -> Vec<Cpu> {
     Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| Cpu::new(2, isa)).collect()
@@ -222,6 +222,26 @@ fn rounding_stays_as_small_as_documented() {
                     _ => 1e-5,
                 };
                 assert!(mean < room, "{format} {phase:?} {}: {mean:.1e}", cpu.isa().name());
+            }
+        }
+    }
+}
+
+#[test]
+fn prompts_can_be_rounded_as_generated_tokens_are() {
+    let mut random = Random(14);
+    let (n, rows, cols) = (37, 40, 512);
+    for format in Format::ALL.into_iter().filter(|f| !f.is_float()) {
+        let data = random.weights(format, rows, cols);
+        let x = random.normals(n * cols);
+        let w = decode(format, rows, cols, &data);
+        let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+        let (want, size) = reference((format, Phase::Generate, Isa::Scalar), &x, &w, cols);
+        for cpu in all().into_iter().map(|cpu| cpu.with_prompt_rounding(PromptRounding::EightBits)) {
+            let mut out = vec![f32::NAN; n * rows];
+            cpu.matmul(Phase::Prompt, &x, n, &[matrix], &mut [&mut out]);
+            for ((got, want), size) in out.iter().zip(&want).zip(&size) {
+                assert!((f64::from(*got) - want).abs() <= 1e-5 * size + 1e-6, "{format} {}", cpu.isa().name());
             }
         }
     }

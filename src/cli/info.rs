@@ -141,7 +141,7 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
         memory: Vec::new(),
     };
     // One position is enough to learn what each costs.
-    let options = Options { threads: Some(1), context: Some(1), slots: 1, adapters: Vec::new() };
+    let options = Options { threads: Some(1), context: Some(1), slots: 1, ..Options::default() };
     match Engine::from_checkpoint(checkpoint, &options) {
         Err(e) => info.why = Some(one_line(&e)),
         Ok(engine) => {

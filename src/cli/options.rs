@@ -64,7 +64,8 @@ impl ModelOptions {
 
     /// Options for the engine.
     pub fn engine(&self, context: Option<usize>) -> Options {
-        Options { threads: self.threads.map(NonZeroUsize::get), context, slots: 1, adapters: self.adapters.clone() }
+        let adapters = self.adapters.clone();
+        Options { threads: self.threads.map(NonZeroUsize::get), context, slots: 1, adapters, ..Options::default() }
     }
 }
 

@@ -3,8 +3,10 @@
 use super::options::read_text;
 use super::{Global, ModelOptions, Progress, print_json};
 use crate::engine::loaded::Loaded;
+use crate::engine::model::Options;
 use anyhow::{Result, bail};
 use rushlight_models::tokenizer::Specials;
+use rushlight_quant::PromptRounding;
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,7 +14,8 @@ use std::path::PathBuf;
 /// Measure how well a model predicts a text
 ///
 /// The text is cut into chunks of the context's length, each begins with the BOS token if the model wants one, and the
-/// second half of each is scored: the figures compare with those of llama.cpp.
+/// second half of each is scored: the figures compare with those of llama.cpp. So that they tell what generated text is
+/// like, activations are rounded to 8 bits as those of generated tokens are; --fine rounds them as those of a prompt.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -26,6 +29,9 @@ pub struct Args {
     /// Only the first N chunks
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     chunks: Option<u32>,
+    /// Round activations as those of a prompt are (bf16 or 16 bits), instead of 8 bits
+    #[arg(long)]
+    fine: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -46,7 +52,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let path = args.model.path()?;
     let text = read_text(&args.file)?;
     let ctx = args.ctx as usize;
-    let Loaded { mut engine, tokenizer, .. } = Loaded::open(&path, &args.model.engine(Some(ctx)))?;
+    let prompt_rounding = if args.fine { PromptRounding::Fine } else { PromptRounding::EightBits };
+    let options = Options { prompt_rounding, ..args.model.engine(Some(ctx)) };
+    let Loaded { mut engine, tokenizer, .. } = Loaded::open(&path, &options)?;
     let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
     let mut ids: Vec<u32> = bos.into_iter().collect();
     ids.extend(tokenizer.encode(&text, Specials::AsText)?);

@@ -8,7 +8,7 @@ use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::model::Model;
 use rushlight_models::spec::ModelSpec;
 use rushlight_models::{adapter, decoder};
-use rushlight_quant::{Cpu, Isa, Phase, physical_cores};
+use rushlight_quant::{Cpu, Isa, Phase, PromptRounding, physical_cores};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +28,8 @@ pub struct Options {
     pub slots: usize,
     /// Adapters in force from the start, each with its strength (1 as trained).
     pub adapters: Vec<(PathBuf, f32)>,
+    /// How prompts' activations are rounded.
+    pub prompt_rounding: PromptRounding,
 }
 
 /// Where the memory goes, in bytes.
@@ -88,7 +90,8 @@ impl Engine {
         };
         let kv = KvCache::new(shape)?;
         let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
-        let cpu = Cpu::new(options.threads.unwrap_or_else(physical_cores).max(1), isa);
+        let threads = options.threads.unwrap_or_else(physical_cores).max(1);
+        let cpu = Cpu::new(threads, isa).with_prompt_rounding(options.prompt_rounding);
         let mut backend = CpuBackend::new(cpu, kv);
         backend.put_prefix(&model);
         Ok(Engine { checkpoint, model, backend, context, logits: None })
