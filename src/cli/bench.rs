@@ -76,8 +76,6 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let start = Instant::now();
     let mut engine = Engine::open(&path, &args.model.engine(Some(needed)))?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let machine =
-        Machine { read_bandwidth: engine.cpu().read_bandwidth(), peak_arithmetic: engine.cpu().peak_arithmetic() };
 
     let vocabulary = engine.vocab_size() as u64;
     // Fixed ids all over the vocabulary: every run and every program can be given the same.
@@ -108,6 +106,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         progress.at(repetition as u64 + 1, "");
     }
     progress.finish();
+    // Last, because it empties the caches and heats the processor.
+    let machine =
+        Machine { read_bandwidth: engine.cpu().read_bandwidth(), peak_arithmetic: engine.cpu().peak_arithmetic() };
 
     let read = engine.model().linears().map(|l| l.weight().data().len() as f64).sum::<f64>();
     // The cache as it is half way through.
