@@ -91,10 +91,8 @@ fn damaged_files_are_refused() {
     has(vec![0; 4], "0 entries");
     has(i32::MAX.to_le_bytes().to_vec(), "entries");
     has(b"some text that is long enough".to_vec(), "not an importance matrix");
-    let twice =
-        |n: u8| [&dat(b"a", 1, 1, &[1.0])[4..]; 2].concat().into_iter().rev().chain([0, 0, 0, n]).rev().collect();
-    let twice: Vec<u8> = twice(2);
-    has([vec![2, 0, 0, 0], twice[4..].to_vec()].concat(), "'a' comes twice");
+    let entry = dat(b"a", 1, 1, &[1.0])[4..].to_vec();
+    has([&[2, 0, 0, 0], &entry[..], &entry[..]].concat(), "'a' comes twice");
 
     has(RawGguf::new().build(), "no tensor is called NAME.in_sum2");
     let sums = |dims: &[u64], counts: &[u64]| {
