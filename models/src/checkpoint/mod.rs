@@ -6,12 +6,14 @@ mod atomic;
 mod bytes;
 pub mod gguf;
 pub mod huggingface;
+pub mod imatrix;
 mod map;
 mod metadata;
 pub mod safetensors;
 
 pub use atomic::AtomicFile;
 pub use bytes::Bytes;
+pub use map::map;
 pub use metadata::{Array, Metadata, Value, ValueType};
 
 use crate::{Error, Result};
