@@ -7,4 +7,5 @@ pub mod cli;
 pub mod engine;
 #[cfg(feature = "hub")]
 pub mod pull;
+pub mod quantize;
 pub mod store;

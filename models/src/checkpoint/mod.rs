@@ -12,6 +12,7 @@ pub mod safetensors;
 
 pub use atomic::AtomicFile;
 pub use bytes::Bytes;
+pub use map::map;
 pub use metadata::{Array, Metadata, Value, ValueType};
 
 use crate::{Error, Result};

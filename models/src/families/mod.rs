@@ -213,6 +213,11 @@ impl Basics {
     }
 }
 
+/// The family whose GGUF files say `general.architecture = name`: the first of those that share it.
+pub fn by_architecture(name: &str) -> Option<&'static Family> {
+    FAMILIES.iter().copied().find(|f| f.gguf.is_some_and(|g| g.architecture == name))
+}
+
 /// Finds the family of `checkpoint` and has it read the description.
 pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)> {
     match checkpoint.kind() {

@@ -1,0 +1,3 @@
+//! Quantizing: from any checkpoint to a smaller GGUF file.
+
+pub mod scratch;
