@@ -6,6 +6,7 @@ mod atomic;
 mod bytes;
 pub mod gguf;
 pub mod huggingface;
+pub mod imatrix;
 mod map;
 mod metadata;
 pub mod safetensors;
