@@ -1,0 +1,7 @@
+//! Running a model over text while looking at what goes through it: importance of columns, Hessians for GPTQ, and how
+//! much a quantized model differs from the original.
+
+pub mod capture;
+pub mod compare;
+pub mod imatrix;
+pub mod text;
