@@ -1,8 +1,8 @@
 //! The importance of columns: how large the inputs of each linear layer are, as llama.cpp's imatrix tells it.
 
 use super::capture::{Capture, Observer};
-use crate::engine::cpu::Activations;
 use crate::engine::Engine;
+use crate::engine::cpu::Activations;
 use anyhow::{Result, bail};
 use rushlight_models::backend::{Batch, Sequence};
 use rushlight_models::decoder;
@@ -80,10 +80,7 @@ pub fn collect(
     }
     if let Some(bad) = squares.inputs.iter().find(|i| i.sums.iter().any(|s| !s.is_finite())) {
         let name = model.linears().find(|l| l.id == bad.ids[0]).and_then(|l| gguf_name(model, l));
-        bail!(
-            "what goes into {} is not a number: the model's weights are damaged",
-            name.unwrap_or("a layer".into())
-        );
+        bail!("what goes into {} is not a number: the model's weights are damaged", name.unwrap_or("a layer".into()));
     }
     Ok(squares)
 }

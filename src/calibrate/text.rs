@@ -39,7 +39,9 @@ pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str) -> Result<Vec<Ve
     let windows: Vec<&[u32]> = ids.chunks(LENGTH - bos.iter().len()).collect();
     let count = windows.len().min(MOST / LENGTH);
     // Evenly from the whole text where it is longer.
-    Ok((0..count).map(|i| bos.into_iter().chain(windows[i * windows.len() / count].iter().copied()).collect()).collect())
+    Ok((0..count)
+        .map(|i| bos.into_iter().chain(windows[i * windows.len() / count].iter().copied()).collect())
+        .collect())
 }
 
 /// How much a model is to write itself.
