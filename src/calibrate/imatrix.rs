@@ -1,8 +1,7 @@
 //! The importance of columns: how large the inputs of each linear layer are, as llama.cpp's imatrix tells it.
 
 use super::capture::{Capture, Observer};
-use crate::engine::Engine;
-use crate::engine::cpu::Activations;
+use crate::engine::cpu::{Activations, CpuBackend};
 use anyhow::{Result, bail};
 use rushlight_models::backend::{Batch, Sequence};
 use rushlight_models::decoder;
@@ -59,15 +58,16 @@ impl Observer for Squares {
     }
 }
 
-/// Runs `sequences` through the model of `engine`, each from an empty cache. `progress` hears how many are done.
+/// Runs `sequences` through `model`, each from an empty cache in the first slot, and through its `head` where that is
+/// asked for. `progress` hears how many are done.
 pub fn collect(
-    engine: &mut Engine,
+    model: &Model,
+    backend: &mut CpuBackend,
     sequences: &[Vec<u32>],
     head: bool,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Squares> {
     let mut squares = Squares::default();
-    let (model, backend) = engine.parts();
     for (i, ids) in sequences.iter().enumerate() {
         let sequence = [Sequence { slot: 0, start: 0, len: ids.len() }];
         let batch = Batch { ids, sequences: &sequence, phase: Phase::Prompt };

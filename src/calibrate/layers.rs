@@ -16,8 +16,8 @@ use crate::quantize::scratch::Scratch;
 use anyhow::{Context, Result, bail};
 use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
-use rushlight_models::model::{Linear, Model, Weight};
 use rushlight_models::decoder;
+use rushlight_models::model::{Linear, Model, Weight};
 use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::Hessian;
 use rushlight_quant::{Cpu, Phase};
@@ -148,7 +148,8 @@ impl Run<'_> {
         work: &mut Work<'_>,
     ) -> Result<()> {
         // What an earlier run finished of this layer.
-        let ids: Vec<usize> = (self.model.linears()).filter(|l| l.layer == i && self.targets.contains_key(&l.id)).map(|l| l.id).collect();
+        let ids: Vec<usize> =
+            (self.model.linears()).filter(|l| l.layer == i && self.targets.contains_key(&l.id)).map(|l| l.id).collect();
         for id in ids {
             self.take(id)?;
         }
@@ -243,7 +244,11 @@ impl Run<'_> {
         let Some(linear) = self.model.linears_mut().find(|l| l.id == id) else { return Ok(false) };
         let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
         let Some(stored) = Weight::new(target.format, rows, cols, data) else {
-            bail!("{} in {} has another size than it should: delete the folder", target.name, self.scratch.dir().display());
+            bail!(
+                "{} in {} has another size than it should: delete the folder",
+                target.name,
+                self.scratch.dir().display()
+            );
         };
         linear.replacement = Some(match &target.rows {
             None => stored,
@@ -266,7 +271,8 @@ impl Run<'_> {
         work: &mut Work<'_>,
     ) -> Result<()> {
         let Some(target) = self.targets.get(&id) else { return Ok(()) };
-        let (Some(linear), Some((hessian, held_out))) = (self.model.linears().find(|l| l.id == id), &observer.seen) else {
+        let (Some(linear), Some((hessian, held_out))) = (self.model.linears().find(|l| l.id == id), &observer.seen)
+        else {
             return Ok(());
         };
         if linear.replacement.is_some() {

@@ -4,4 +4,5 @@
 pub mod capture;
 pub mod compare;
 pub mod imatrix;
+pub mod layers;
 pub mod text;

@@ -24,9 +24,14 @@ pub const FEWEST: usize = 4096;
 /// Most tokens of a text that are read.
 pub const MOST: usize = 128 * LENGTH;
 
-/// Cuts `text` into sequences of at most [`LENGTH`] tokens, each beginning with the BOS token where the model wants
-/// one: [`MOST`] tokens at most, from all over the text. `name` stands for the text in errors.
-pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str) -> Result<Vec<Vec<u32>>> {
+/// Tokens of a sequence for `model`.
+pub fn length(model: &Model) -> usize {
+    LENGTH.min(model.spec.context_length)
+}
+
+/// Cuts `text` into sequences of at most `length` tokens, each beginning with the BOS token where the model wants one:
+/// [`MOST`] tokens at most, from all over the text. `name` stands for the text in errors.
+pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str, length: usize) -> Result<Vec<Vec<u32>>> {
     let ids = tokenizer.encode(text, Specials::AsText)?;
     if ids.len() < FEWEST {
         bail!(
@@ -36,8 +41,8 @@ pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str) -> Result<Vec<Ve
         );
     }
     let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
-    let windows: Vec<&[u32]> = ids.chunks(LENGTH - bos.iter().len()).collect();
-    let count = windows.len().min(MOST / LENGTH);
+    let windows: Vec<&[u32]> = ids.chunks((length - bos.iter().len()).max(1)).collect();
+    let count = windows.len().min(MOST / length.max(1));
     // Evenly from the whole text where it is longer.
     Ok((0..count)
         .map(|i| bos.into_iter().chain(windows[i * windows.len() / count].iter().copied()).collect())
@@ -77,7 +82,7 @@ pub fn own(
     let Some(first) = tokenizer.bos().or(tokenizer.eos()).filter(|&id| (id as usize) < model.spec.vocab_size) else {
         return Ok(Vec::new());
     };
-    let length = LENGTH.min(model.spec.context_length);
+    let length = length(model);
     let mut backend = backend(model, threads, own.lanes, length, model.spec.layers.len())?;
     let mut samplers: Vec<Sampler> = (0..own.lanes as u64)
         .map(|lane| Sampler::new(Sampling { seed: Some((own.seed << 32) + lane), ..Sampling::off() }))

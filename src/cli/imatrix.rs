@@ -48,7 +48,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let chunks = Chunks::new(&tokenizer, &text, &name, ctx, args.chunks.map(|n| n as usize))?;
     let sequences: Vec<Vec<u32>> = (0..chunks.count()).map(|i| chunks.chunk(i).0).collect();
     let mut bar = Progress::count(global.quiet, "imatrix", chunks.count() as u64);
-    let squares = collect(&mut engine, &sequences, args.process_output, &mut |done| bar.at(done as u64, ""))?;
+    let (model, backend) = engine.parts();
+    let squares = collect(model, backend, &sequences, args.process_output, &mut |done| bar.at(done as u64, ""))?;
     bar.finish();
     let mut imatrix =
         Imatrix { datasets: vec![name], chunks: chunks.count() as u32, chunk_size: args.ctx, ..Imatrix::default() };

@@ -1,16 +1,26 @@
-//! Encoding: rows of f32 weights to packed rows of any format.
+//! The algorithms that choose the numbers: encoding rows of f32 weights as packed rows of any format, and GPTQ.
 //!
 //! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
 //! least weighted square error, by the weights that llama.cpp counts errors with.
 
+mod factor;
 mod float;
+mod gptq;
+mod grid;
+mod hessian;
 mod kquants;
 mod legacy;
 mod mxfp4;
 mod pack;
 mod search;
+mod solution;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
+pub use gptq::{Fit, Order, Variant};
+pub use grid::Grid;
+pub use hessian::Hessian;
 pub use pack::{Levels, put_codes};
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
