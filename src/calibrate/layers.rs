@@ -26,7 +26,7 @@ use std::io::Write;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 
-/// Rows that go through a layer together.
+/// Rows that go through a layer together, unless memory is short.
 const CHUNK: usize = 2048;
 /// One sequence in so many judges what the others brought about.
 const HELD_OUT: usize = 8;
@@ -75,6 +75,8 @@ pub struct Run<'a> {
     pub targets: &'a HashMap<usize, Target>,
     /// Where results are kept, in the order of the output's rows.
     pub scratch: &'a Scratch,
+    /// Bytes that may be used beside what is mapped from files.
+    pub memory: u64,
 }
 
 /// How far a run has come.
@@ -95,7 +97,7 @@ impl Run<'_> {
         if longest == 0 || self.sequences.iter().any(|s| s.is_empty()) {
             bail!("there is nothing to calibrate on");
         }
-        let chunks = chunks(self.sequences);
+        let chunks = chunks(self.sequences, self.rows(longest)?);
         let slots = chunks.iter().map(|c| c.len()).max().unwrap_or(1);
         let mut backend = text::backend(&self.model, self.threads, slots, longest, 1)?;
         let mut work = Work::new(&self, progress);
@@ -111,6 +113,30 @@ impl Run<'_> {
         work.reach(layers);
         self.head(&mut backend, &chunks, quantize, &mut work)?;
         Ok(())
+    }
+
+    /// How many rows may go through a layer together.
+    fn rows(&self, longest: usize) -> Result<usize> {
+        let linears = || self.model.linears();
+        // While a matrix is quantized: two Hessians and a factor (halves of square matrices, f32 and f64), and the weights
+        // with their errors, codes and packed rows in several forms.
+        let matrix = |l: &Linear| {
+            let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
+            8 * cols * cols + 24 * (rows * cols).min(SLICE as u64) + 1024 * cols
+        };
+        let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
+        let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
+        // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
+        let widest = linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
+        let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
+        let rows = self.memory.saturating_sub(fixed) / row.max(1);
+        if rows < longest as u64 {
+            bail!(
+                "GPTQ on this model needs {} MB of memory; allow that much with --memory, or use --method rtn",
+                (fixed + row * longest as u64).div_ceil(1 << 20)
+            );
+        }
+        Ok((rows as usize).min(CHUNK))
     }
 
     /// Where the hidden states before layer `i` lie.
@@ -313,13 +339,13 @@ impl Run<'_> {
     }
 }
 
-/// Sequences that go together, each chunk at most [`CHUNK`] rows if it is more than one.
-fn chunks(sequences: &[Vec<u32>]) -> Vec<Range<usize>> {
+/// Sequences that go together: as many as have no more than `most` tokens.
+fn chunks(sequences: &[Vec<u32>], most: usize) -> Vec<Range<usize>> {
     let mut chunks: Vec<Range<usize>> = Vec::new();
     let mut rows = 0;
     for (i, sequence) in sequences.iter().enumerate() {
         match chunks.last_mut() {
-            Some(last) if rows + sequence.len() <= CHUNK => last.end = i + 1,
+            Some(last) if rows + sequence.len() <= most => last.end = i + 1,
             _ => {
                 chunks.push(i..i + 1);
                 rows = 0;
