@@ -1,4 +1,4 @@
-//! The algorithms that choose the numbers: encoding rows of f32 weights as packed rows of any format, and GPTQ.
+//! Encoding: rows of f32 weights to packed rows of any format.
 //!
 //! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
 //! least weighted square error, by the weights that llama.cpp counts errors with.
@@ -9,9 +9,11 @@ mod gptq;
 mod grid;
 mod hessian;
 mod kquants;
+mod layer;
 mod legacy;
 mod mxfp4;
 mod pack;
+mod refine;
 mod search;
 mod solution;
 #[cfg(test)]
@@ -21,6 +23,7 @@ use crate::formats::Format;
 pub use gptq::{Fit, Order, Variant};
 pub use grid::Grid;
 pub use hessian::Hessian;
+pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
