@@ -1,0 +1,53 @@
+//! Encoding: rows of f32 weights to packed rows of any format.
+//!
+//! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
+//! least weighted square error, by the weights that llama.cpp counts errors with.
+
+mod float;
+mod kquants;
+mod legacy;
+mod mxfp4;
+mod pack;
+mod search;
+
+use crate::formats::Format;
+pub use pack::{Levels, put_codes};
+
+/// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
+///
+/// `importance` is how much the square error of each column counts: `cols` numbers, none negative, of any size (the
+/// mean square of what the column is multiplied with, as an importance matrix holds it). The floating-point formats,
+/// Q8_0 and MXFP4 make no use of it.
+///
+/// Every row stands for itself, so the result does not depend on how rows are cut over calls and threads. Weights are
+/// finite: for others the codes are unspecified (the call still returns).
+///
+/// # Panics
+/// If `cols` is 0 or not a whole number of blocks, or if the lengths do not fit: `weights.len()` whole rows,
+/// `importance.len() == cols`, `out.len()` exactly the bytes of the rows.
+pub fn encode(format: Format, weights: &[f32], cols: usize, importance: Option<&[f32]>, out: &mut [u8]) {
+    let bytes = match format.row_bytes(cols) {
+        Some(bytes) if bytes > 0 => bytes,
+        _ => panic!("{format}: a row of {cols} weights is no whole number of blocks"),
+    };
+    assert!(weights.len().is_multiple_of(cols), "{} weights are no whole number of rows of {cols}", weights.len());
+    assert_eq!(Some(out.len()), (weights.len() / cols).checked_mul(bytes), "{format}: bytes of the encoded rows");
+    assert!(
+        importance.is_none_or(|i| i.len() == cols),
+        "importance of {:?} columns of {cols}",
+        importance.map(<[f32]>::len)
+    );
+    for (row, out) in weights.chunks_exact(cols).zip(out.chunks_exact_mut(bytes)) {
+        match format {
+            Format::F32 | Format::F16 | Format::BF16 => float::encode(format, row, out),
+            Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 => {
+                legacy::encode(format, row, importance, out);
+            }
+            Format::Q2_K | Format::Q3_K | Format::Q4_K | Format::Q5_K | Format::Q6_K | Format::IQ4_XS => {
+                kquants::encode(format, row, importance, out);
+            }
+            Format::IQ4_NL => kquants::encode_iq4_nl(row, importance, out),
+            Format::MXFP4 => mxfp4::encode(row, out),
+        }
+    }
+}
