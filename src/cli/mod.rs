@@ -12,6 +12,7 @@ mod perplexity;
 mod progress;
 #[cfg(feature = "hub")]
 mod pull;
+mod quantize;
 mod run;
 mod tokenize;
 
@@ -48,6 +49,7 @@ enum Command {
     Info(info::Args),
     Chat(Box<chat::Args>),
     Run(Box<run::Args>),
+    Quantize(quantize::Args),
     Perplexity(perplexity::Args),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
@@ -99,6 +101,7 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info::run(args, global),
         Command::Chat(args) => chat::run(args, global),
         Command::Run(args) => run::run(args, global),
+        Command::Quantize(args) => quantize::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),

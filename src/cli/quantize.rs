@@ -1,0 +1,210 @@
+//! `rushlight quantize`: a smaller file of a model.
+
+use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, size};
+use crate::quantize::memory::{parse_size, total};
+use crate::quantize::name::Naming;
+use crate::quantize::output;
+use crate::quantize::plan::{GivenImatrix, Plan};
+use crate::quantize::types::{Keep, Target, Wishes, parse_format};
+use crate::quantize::write::{Options, Stopped, write};
+use crate::store::Store;
+use anyhow::Result;
+use rushlight_models::checkpoint::Checkpoint;
+use rushlight_models::checkpoint::imatrix::Imatrix;
+use rushlight_quant::formats::Format;
+use rushlight_quant::physical_cores;
+use serde::Serialize;
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Make a model smaller: write it as GGUF with fewer bits to a weight
+///
+/// Takes GGUF of any type and Hugging Face directories; what it writes runs in rushlight and in llama.cpp. The mixes
+/// (Q4_K_M and the like) are those of llama.cpp. A type that does not fit a tensor's rows gives way to the nearest that
+/// does. The file gets its name when it is whole; a GGUF file of that name is replaced then.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A .gguf file, a Hugging Face directory, or a name in the store
+    model: String,
+    /// The file to write, or a folder (then it is named by GGML's convention, such as
+    /// Name-1.5B-Instruct-v1.0-Q4_K_M.gguf). Default: NAME-TYPE in the store for a model of the store, or else a file
+    /// named by the convention beside MODEL
+    #[arg(short, long, value_name = "OUT")]
+    output: Option<PathBuf>,
+    /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S Q2_K
+    /// Q2_K_S
+    #[arg(short, long = "type", value_name = "TYPE", default_value = "Q4_K_M", value_parser = Target::parse)]
+    target: Target,
+    /// How important each column is: a file of `rushlight imatrix` or llama.cpp's llama-imatrix (GGUF or .dat)
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
+    /// The format of tensors whose GGUF name has PATTERN (a regular expression), such as 'ffn_down=Q6_K'; may be
+    /// repeated, the first that fits counts
+    #[arg(long, value_name = "PATTERN=FORMAT", value_parser = Keep::parse)]
+    keep: Vec<Keep>,
+    /// The format of the output matrix
+    #[arg(long = "output-type", value_name = "FORMAT", value_parser = parse_format)]
+    output_type: Option<Format>,
+    /// The format of the token embedding
+    #[arg(long, value_name = "FORMAT", value_parser = parse_format)]
+    token_embedding_type: Option<Format>,
+    /// No mix: the type itself for every matrix
+    #[arg(long)]
+    pure: bool,
+    /// Only show what would be written
+    #[arg(long)]
+    dry_run: bool,
+    /// Threads (default: the physical cores)
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Memory that may be used, such as 4GB (default: half of the machine's)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Summary {
+    path: PathBuf,
+    #[serde(rename = "type")]
+    target: &'static str,
+    tensors: usize,
+    parameters: u64,
+    /// Bytes of all tensors, before and after.
+    bytes_before: u64,
+    bytes: u64,
+    bits_per_weight_before: f64,
+    bits_per_weight: f64,
+    formats: Vec<FormatSummary>,
+    notes: Vec<String>,
+    /// `None` when nothing was written.
+    seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    plan: Vec<TensorSummary>,
+}
+
+#[derive(Serialize)]
+struct FormatSummary {
+    format: &'static str,
+    tensors: usize,
+    parameters: u64,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct TensorSummary {
+    name: String,
+    shape: Vec<usize>,
+    from: &'static str,
+    to: &'static str,
+}
+
+/// Runs the command.
+pub fn run(args: &Args, global: &Global) -> Result<()> {
+    let started = Instant::now();
+    let store = Store::open()?;
+    let source = store.resolve(&args.model)?;
+    let checkpoint = Checkpoint::open(&source)?;
+    let imatrix =
+        args.imatrix.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Imatrix::read(path)?))).transpose()?;
+    let given = imatrix.as_ref().map(|(path, imatrix)| GivenImatrix { path, imatrix });
+    let wishes = Wishes {
+        keep: args.keep.clone(),
+        output: args.output_type,
+        embedding: args.token_embedding_type,
+        pure: args.pure,
+    };
+    let plan = Plan::new(&checkpoint, args.target, &wishes, given.as_ref())?;
+    let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
+    let naming = Naming::of(&plan.metadata, &source, parameters);
+    let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, args.target.name, &store)?;
+    output::check(&path, &checkpoint)?;
+    let memory = args.memory.unwrap_or_else(|| total() / 2);
+    if memory < 32 << 20 {
+        return Err(Usage(format!("--memory {}: at least 32 MB are needed", size(memory))).into());
+    }
+    let mut summary = summarize(&plan, path, parameters, args.dry_run);
+    if !args.dry_run {
+        if !global.quiet {
+            for note in &plan.notes {
+                writeln!(std::io::stderr(), "note: {note}").ok();
+            }
+        }
+        let threads = args.threads.map_or_else(physical_cores, NonZeroUsize::get);
+        let stop = interrupt::flag(true);
+        let options = Options { threads, memory, stop: &stop, scratch: None };
+        let mut progress = Progress::bytes(global.quiet, "quantizing", summary.bytes_before, 0);
+        let written = write(&plan, &checkpoint, &summary.path, &options, &mut |done| progress.at(done, ""));
+        progress.finish();
+        written.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
+        summary.seconds = Some(started.elapsed().as_secs_f64());
+    }
+    if args.json { print_json(&summary) } else { print(&summary) }
+}
+
+fn summarize(plan: &Plan, path: PathBuf, parameters: u64, each: bool) -> Summary {
+    let mut formats: Vec<FormatSummary> = Vec::new();
+    for tensor in &plan.tensors {
+        let format = tensor.format.name();
+        let at = formats.iter().position(|f| f.format == format).unwrap_or_else(|| {
+            formats.push(FormatSummary { format, tensors: 0, parameters: 0, bytes: 0 });
+            formats.len() - 1
+        });
+        formats[at].tensors += 1;
+        formats[at].parameters += tensor.elements() as u64;
+        formats[at].bytes += tensor.bytes().0;
+    }
+    formats.sort_by_key(|f| std::cmp::Reverse(f.bytes));
+    let (bytes, bytes_before) = plan.bytes();
+    let bits = |bytes: u64| bytes as f64 * 8.0 / parameters.max(1) as f64;
+    let tensors = plan.tensors.iter().map(|t| TensorSummary {
+        name: t.source.name.clone(),
+        shape: t.source.shape.clone(),
+        from: t.source.format.name(),
+        to: t.format.name(),
+    });
+    Summary {
+        path,
+        target: plan.target.name,
+        tensors: plan.tensors.len(),
+        parameters,
+        bytes_before,
+        bytes,
+        bits_per_weight_before: bits(bytes_before),
+        bits_per_weight: bits(bytes),
+        formats,
+        notes: plan.notes.clone(),
+        seconds: None,
+        plan: if each { tensors.collect() } else { Vec::new() },
+    }
+}
+
+fn print(summary: &Summary) -> Result<()> {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for t in &summary.plan {
+        let shape: Vec<String> = t.shape.iter().map(usize::to_string).collect();
+        writeln!(out, "{:40} {:>16}  {} -> {}", t.name.escape_debug().to_string(), shape.join(" x "), t.from, t.to)?;
+    }
+    if !summary.plan.is_empty() {
+        for note in &summary.notes {
+            writeln!(out, "note: {note}")?;
+        }
+    }
+    for f in &summary.formats {
+        let share = 100.0 * f.bytes as f64 / summary.bytes.max(1) as f64;
+        writeln!(out, "{:8} {:>5} tensors {:>9} {share:>5.1} %", f.format, f.tensors, size(f.bytes))?;
+    }
+    let (before, after) = (size(summary.bytes_before), size(summary.bytes));
+    let (bits_before, bits) = (summary.bits_per_weight_before, summary.bits_per_weight);
+    writeln!(out, "{before} -> {after}, {bits_before:.2} -> {bits:.2} bits per weight")?;
+    let path = summary.path.display();
+    match summary.seconds {
+        Some(seconds) => writeln!(out, "{path} ({}) in {seconds:.1} s", summary.target)?,
+        None => writeln!(out, "would write {path} ({})", summary.target)?,
+    }
+    Ok(out.flush()?)
+}
