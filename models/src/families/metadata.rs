@@ -124,12 +124,18 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
     }
     let (mut meant, read) = read(&metadata)?;
     let mut notes = Vec::new();
+    let window = windows(&meant).flatten().min();
     if !windows(&meant).eq(windows(&read)) {
         notes.push(format!(
             "GGUF files of the architecture '{}' cannot say this model's attention window: positions see all before them",
             form.architecture
         ));
         meant.layers.iter_mut().zip(&read.layers).for_each(|(m, r)| m.window = r.window);
+    } else if let Some(window) = window.filter(|&w| form.architecture == "llama" && w < spec.context_length) {
+        // Mistral's files say `llama`, whose windows are read here but not there.
+        notes.push(format!(
+            "llama.cpp knows no attention window for this architecture: texts longer than {window} tokens it reads otherwise"
+        ));
     }
     match difference(&meant, &read) {
         Some(what) => Err(impossible(what)),
