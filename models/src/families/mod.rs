@@ -3,11 +3,13 @@
 mod config;
 mod keys;
 mod llama;
+mod metadata;
 mod mistral;
 mod qwen2;
 
 pub use config::Config;
 pub use keys::Keys;
+pub(crate) use metadata::{Description, describe};
 
 use crate::checkpoint::{Checkpoint, Kind};
 use crate::spec::{Biases, Branches, LayerSpec, Mlp, ModelSpec, Norm, Placement, QkNorm, Rope};
