@@ -341,10 +341,7 @@ fn sub(format: Format) -> usize {
 }
 
 fn has_min(format: Format) -> bool {
-    matches!(
-        format,
-        Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z
-    )
+    matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z)
 }
 
 impl Panels {

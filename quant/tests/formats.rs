@@ -135,10 +135,13 @@ fn formats_in_memory_only_decode_as_they_say() {
         }
         assert_eq!(format.group(&block, 0).is_some(), format.is_coded());
         assert_eq!(format.group(&block, 1), None);
-        assert_eq!(format.visit(ReadTraits).map(|t| (t.format, t.has_min, t.bytes)), match format.is_coded() {
-            true => Some((format, format == Format::Q8_Z, format.block_bytes())),
-            false => None,
-        });
+        assert_eq!(
+            format.visit(ReadTraits).map(|t| (t.format, t.has_min, t.bytes)),
+            match format.is_coded() {
+                true => Some((format, format == Format::Q8_Z, format.block_bytes())),
+                false => None,
+            }
+        );
     }
     // E2M1 with its smallest step at 1/16 rather than 1/2, over the largest.
     assert_eq!(FP4::TABLE[3], 1.0);

@@ -266,10 +266,8 @@ struct Panel {
 impl Panel {
     fn new(kernels: &Kernels, format: Format, data: &[u8], rows: usize, cols: usize) -> Self {
         let sub = if matches!(format, Format::Q2_K | Format::Q3_K | Format::Q6_K) { 16 } else { 32 };
-        let has_min = matches!(
-            format,
-            Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z
-        );
+        let has_min =
+            matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z);
         let mut panel = Panel {
             codes: Aligned::zeroed(cols * PANEL),
             scale: Aligned::zeroed(cols / sub * PANEL),
