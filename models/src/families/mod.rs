@@ -248,7 +248,6 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
                 unknown(checkpoint, name, &known)
             })?;
-            config.no_quantization()?;
             Ok((family, (family.from_config)(&config)?))
         }
     }
