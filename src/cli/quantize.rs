@@ -33,10 +33,10 @@ pub struct Args {
     /// named by the convention beside MODEL
     #[arg(short, long, value_name = "OUT")]
     output: Option<PathBuf>,
-    /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S Q2_K
-    /// Q2_K_S
-    #[arg(short, long = "type", value_name = "TYPE", default_value = "Q4_K_M", value_parser = Target::parse)]
-    target: Target,
+    /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS MXFP4_MOE Q3_K_L Q3_K_M
+    /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes
+    #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
+    target: Option<Target>,
     /// How important each column is: a file of `rushlight imatrix` or llama.cpp's llama-imatrix (GGUF or .dat)
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
@@ -118,10 +118,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         embedding: args.token_embedding_type,
         pure: args.pure,
     };
-    let plan = Plan::new(&checkpoint, args.target, &wishes, given.as_ref())?;
+    let target = args.target.unwrap_or_else(|| Target::natural(&checkpoint));
+    let plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
     let naming = Naming::of(&plan.metadata, &source, parameters);
-    let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, args.target.name, &store)?;
+    let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, target.name, &store)?;
     output::check(&path, &checkpoint)?;
     let memory = args.memory.unwrap_or_else(|| total() / 2);
     if memory < 32 << 20 {

@@ -4,9 +4,10 @@ use super::types::{Chosen, Target, Traits, Wishes, choose};
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, Value};
-use rushlight_models::convert::{Converted, to_gguf};
+use rushlight_models::convert::{Converted, Source, to_gguf};
 use rushlight_quant::formats::Format;
 use std::path::Path;
+use std::sync::Arc;
 
 /// GGUF's `general.quantization_version`: of the block formats' layouts, 2 since 2023.
 const QUANTIZATION_VERSION: u64 = 2;
@@ -33,6 +34,8 @@ pub struct Planned {
     pub instead_of: Option<Format>,
     /// The importance of each column; for a stack of matrices one after another.
     pub importance: Option<Vec<f32>>,
+    /// Column `i` of the source's rows is column `order[i]`, where they are not in their own order.
+    pub order: Option<Arc<[u32]>>,
 }
 
 impl Planned {
@@ -49,6 +52,16 @@ impl Planned {
     /// Rows of one matrix of a stack.
     pub fn rows_of_matrix(&self) -> usize {
         self.source.shape.iter().rev().nth(1).copied().unwrap_or(1)
+    }
+
+    /// Whether the codes of the source can be kept as they are.
+    pub fn is_exact(&self) -> bool {
+        let kept = match self.source.format {
+            Format::Q4_Z => matches!(self.format, Format::Q4_1 | Format::Q4_0),
+            Format::Q8_F => self.format == Format::Q8_0,
+            from => from == self.format,
+        };
+        kept && self.order.is_none()
     }
 
     /// Number of weights.
@@ -80,7 +93,8 @@ impl Plan {
         imatrix: Option<&GivenImatrix>,
     ) -> Result<Plan> {
         let conversion = to_gguf(checkpoint)?;
-        let (mut metadata, mut notes) = (conversion.metadata, conversion.notes);
+        let mut metadata = conversion.metadata;
+        let mut notes = [checkpoint.notes(), &conversion.notes].concat();
         let traits = Traits::of(&metadata).with_context(|| checkpoint.path().display().to_string())?;
         let names: Vec<_> = conversion.tensors.iter().map(|t| (t.name.as_str(), t.shape.as_slice())).collect();
         let chosen = choose(target, wishes, &traits, imatrix.is_some(), &names)?;
@@ -90,7 +104,11 @@ impl Plan {
             // What is not for quantizing is small, and programs want it in f32 where a GGUF file does not say otherwise.
             let left = if from_gguf { source.format } else { Format::F32 };
             let format = format.unwrap_or(left);
-            tensors.push(Planned { source, format, instead_of, importance: None });
+            let order = match &source.source {
+                Source::Tensor { name, .. } => checkpoint.column_order(name),
+                Source::Data(_) => None,
+            };
+            tensors.push(Planned { source, format, instead_of, importance: None, order });
         }
         set(&mut metadata, "general.quantization_version", Value::Unsigned(QUANTIZATION_VERSION));
         set(&mut metadata, "general.file_type", Value::Unsigned(target.file_type.into()));
@@ -101,6 +119,7 @@ impl Plan {
             notes.push("Q2_K_S without an imatrix loses much: give one with --imatrix, or take Q2_K".into());
         }
         notes.extend(fallbacks(&tensors));
+        notes.extend(kept(checkpoint, &tensors));
         notes.extend(requantized(&tensors));
         Ok(Plan { target, metadata, tensors, notes })
     }
@@ -120,7 +139,7 @@ fn weigh(tensors: &mut [Planned], given: &GivenImatrix, notes: &mut Vec<String>)
     let GivenImatrix { path, imatrix } = given;
     let mut without = Vec::new();
     let mut used = 0;
-    for tensor in tensors.iter_mut().filter(|t| !t.format.is_float() && t.format != t.source.format) {
+    for tensor in tensors.iter_mut().filter(|t| !t.format.is_float() && !t.is_exact()) {
         let name = &tensor.source.name;
         let Some(importance) = imatrix.importance(name) else {
             // llama.cpp's tool leaves these two out unless told otherwise: nothing is wrong.
@@ -193,15 +212,24 @@ fn fallbacks(tensors: &[Planned]) -> Vec<String> {
     groups.iter().map(note).collect()
 }
 
+/// Which integer grids of other tools go over into GGUF blocks.
+fn kept(checkpoint: &Checkpoint, tensors: &[Planned]) -> Option<String> {
+    if !matches!(checkpoint.kind(), Kind::HuggingFace { .. }) {
+        return None;
+    }
+    let count = tensors.iter().filter(|t| !t.source.format.is_float() && t.is_exact()).count();
+    (count > 0).then(|| format!("{count} tensors are quantized already and keep their codes as they are"))
+}
+
 /// What quantizing a second time costs.
 fn requantized(tensors: &[Planned]) -> Option<String> {
-    let again = |t: &&Planned| !t.source.format.is_float() && t.format != t.source.format;
+    let again = |t: &&Planned| !t.source.format.is_float() && !t.format.is_float() && !t.is_exact();
     let count = tensors.iter().filter(again).count();
     let first = tensors.iter().find(again)?;
     let plural = if count == 1 { "tensor is" } else { "tensors are" };
     Some(format!(
-        "{count} {plural} quantized already ({} is {}): the errors of both times add up; start from the F16 or BF16 model \
-         where there is one",
+        "{count} {plural} quantized already ({} is {}): the errors of both times add up; start from the F16 or BF16 \
+         model where there is one",
         first.source.name, first.source.format
     ))
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use rushlight_models::Error;
 use rushlight_models::checkpoint::{Bytes, Checkpoint, TensorInfo, gguf};
 use rushlight_models::convert::Source;
-use rushlight_quant::formats::Format;
+use rushlight_quant::formats::{Format, exact};
 use rushlight_quant::quantize::encode;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -283,19 +283,23 @@ impl Line<'_> {
             bytes.extend_from_slice(&source);
         } else {
             let (name, cols) = (&tensor.source.name, tensor.cols());
-            let count = piece.rows.len() * cols;
-            weights.resize(count, 0.0);
+            weights.resize(piece.rows.len() * cols, 0.0);
             tensor.source.format.decode(&source, weights);
+            if let Some(order) = &tensor.order {
+                restore(order, weights);
+            }
             // Without branches, so that it takes no time.
             if !weights.iter().fold(true, |all, w| all & w.is_finite()) {
                 return Err(not_finite(tensor, &piece, weights).context(self.checkpoint.path().display().to_string()));
             }
-            if tensor.format == tensor.source.format {
-                bytes.extend_from_slice(&source);
-            } else {
-                let row_bytes =
-                    tensor.format.row_bytes(cols).with_context(|| format!("'{name}' has no whole blocks"))?;
-                bytes.resize(row_bytes * piece.rows.len(), 0);
+            let row_bytes = tensor.format.row_bytes(cols).with_context(|| format!("'{name}' has no whole blocks"))?;
+            bytes.resize(row_bytes * piece.rows.len(), 0);
+            let same = tensor.format == tensor.source.format && tensor.format.is_float();
+            if same {
+                bytes.copy_from_slice(&source);
+            }
+            if !same && !(tensor.is_exact() && exact::convert(tensor.source.format, tensor.format, &source, &mut bytes))
+            {
                 let matrix = piece.rows.start / tensor.rows_of_matrix();
                 let importance = tensor.importance.as_ref().map(|all| &all[matrix * cols..(matrix + 1) * cols]);
                 encode(tensor.format, weights, cols, importance, &mut bytes);
@@ -308,10 +312,8 @@ impl Line<'_> {
 
     /// A tensor is written: the memory that its source takes goes back.
     fn let_go(&self, tensor: &Planned) {
-        if let Source::Tensor { name, .. } = &tensor.source.source
-            && let Ok(tensor) = self.checkpoint.tensor(name)
-        {
-            tensor.data.release();
+        if let Source::Tensor { name, .. } = &tensor.source.source {
+            self.checkpoint.release(name);
         }
     }
 
@@ -322,6 +324,17 @@ impl Line<'_> {
         place.spare.push(buffer);
         drop(place);
         self.moved.notify_all();
+    }
+}
+
+/// Brings the columns of each row into their own order.
+fn restore(order: &[u32], weights: &mut [f32]) {
+    let mut stored = vec![0.0; order.len()];
+    for row in weights.chunks_exact_mut(order.len()) {
+        stored.copy_from_slice(row);
+        for (&to, &value) in order.iter().zip(&stored) {
+            row[to as usize] = value;
+        }
     }
 }
 

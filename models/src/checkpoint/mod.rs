@@ -220,6 +220,13 @@ impl Checkpoint {
         }
     }
 
+    /// Gives back the memory that the mapped bytes of the tensor called `name` take, if any: see [`Bytes::release`].
+    pub fn release(&self, name: &str) {
+        if let Some(Stored::Mapped(data)) = self.position(name).map(|i| &self.data[i]) {
+            data.release();
+        }
+    }
+
     /// What a person should know of how the files were read.
     pub fn notes(&self) -> &[String] {
         &self.notes
