@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn figures_over_many_positions() {
         let mut losses = Losses::default();
-        [1.0, 2.0, 3.0].map(|l| losses.add(l));
+        [1.0, 2.0, 3.0].into_iter().for_each(|l| losses.add(l));
         let divergences: Vec<f64> = (0..200).map(f64::from).collect();
         let c = comparison(&losses, &losses, &divergences, 150, 2);
         assert!((c.score.perplexity - 2f64.exp()).abs() < 1e-9);

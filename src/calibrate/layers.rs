@@ -13,6 +13,7 @@ use super::capture::{Capture, Observer};
 use super::text;
 use crate::engine::cpu::{Activations, CpuBackend};
 use crate::quantize::scratch::Scratch;
+use crate::quantize::write::Stopped;
 use anyhow::{Context, Result, bail};
 use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
@@ -25,6 +26,7 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows that go through a layer together, unless memory is short.
 const CHUNK: usize = 2048;
@@ -77,6 +79,8 @@ pub struct Run<'a> {
     pub scratch: &'a Scratch,
     /// Bytes that may be used beside what is mapped from files.
     pub memory: u64,
+    /// Set from outside to stop before the next chunk.
+    pub stop: &'a AtomicBool,
 }
 
 /// How far a run has come.
@@ -127,7 +131,8 @@ impl Run<'_> {
         let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
         let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
         // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
-        let widest = linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
+        let widest =
+            linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
         let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
         let rows = self.memory.saturating_sub(fixed) / row.max(1);
         if rows < longest as u64 {
@@ -214,10 +219,7 @@ impl Run<'_> {
         let (mut at, mut ended) = (0, false);
         for chunk in chunks {
             let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
-            let mut x = backend.new_tensor(ids.len(), self.model.spec.hidden_size);
-            let bytes = 4 * x.len();
-            x.iter_mut().zip(input[at..at + bytes].as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-            at += bytes;
+            let x = self.load(backend, &input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
             let mut capture = Capture::layerwise(backend, observer);
@@ -253,14 +255,26 @@ impl Run<'_> {
         let mut at = 0;
         for chunk in chunks {
             let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
-            let mut x = backend.new_tensor(ids.len(), self.model.spec.hidden_size);
-            let bytes = 4 * x.len();
-            x.iter_mut().zip(input[at..at + bytes].as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-            at += bytes;
+            let x = self.load(backend, &input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
         }
         self.quantize(backend.cpu(), id, &observer, quantize, work)
+    }
+
+    /// The next `rows` hidden states of `input`, of which `at` bytes are read.
+    fn load(&self, backend: &CpuBackend, input: &Bytes, at: &mut usize, rows: usize) -> Result<Activations> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Stopped.into());
+        }
+        let mut x = backend.new_tensor(rows, self.model.spec.hidden_size);
+        let bytes = *at..*at + 4 * x.len();
+        *at = bytes.end;
+        let Some(bytes) = input.get(bytes) else {
+            bail!("hidden states are missing in {}: delete the folder", self.scratch.dir().display());
+        };
+        x.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        Ok(x)
     }
 
     /// Puts the finished weight of `id` in force, if it is there.
@@ -313,7 +327,7 @@ impl Run<'_> {
             let part = start..rows.min(start + slice);
             weights.resize(part.len() * cols, 0.0);
             for (row, out) in part.clone().zip(weights.chunks_exact_mut(cols)) {
-                weight.format().decode(weight.row(row), out);
+                weight.decode_row(row, out);
             }
             if weights.iter().any(|w| !w.is_finite()) {
                 bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);

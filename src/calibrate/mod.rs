@@ -3,6 +3,7 @@
 
 pub mod capture;
 pub mod compare;
+pub mod gptq;
 pub mod imatrix;
 pub mod layers;
 pub mod text;

@@ -1,3 +1,9 @@
 //! Quantizing: from any checkpoint to a smaller GGUF file.
 
+pub mod memory;
+pub mod name;
+pub mod output;
+pub mod plan;
 pub mod scratch;
+pub mod types;
+pub mod write;

@@ -36,7 +36,7 @@ pub use pack::{Levels, put_codes};
 /// finite: for others the codes are unspecified (the call still returns).
 ///
 /// # Panics
-/// If `cols` is 0 or not a whole number of blocks, or if the lengths do not fit: `weights.len()` whole rows,
+/// If the format is one that is in memory only. If `cols` is 0 or not a whole number of blocks, or if the lengths do not fit: `weights.len()` whole rows,
 /// `importance.len() == cols`, `out.len()` exactly the bytes of the rows.
 pub fn encode(format: Format, weights: &[f32], cols: usize, importance: Option<&[f32]>, out: &mut [u8]) {
     let bytes = match format.row_bytes(cols) {
@@ -61,6 +61,9 @@ pub fn encode(format: Format, weights: &[f32], cols: usize, importance: Option<&
             }
             Format::IQ4_NL => kquants::encode_iq4_nl(row, importance, out),
             Format::MXFP4 => mxfp4::encode(row, out),
+            Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => {
+                panic!("{format} is read from other tools' checkpoints, not encoded")
+            }
         }
     }
 }
