@@ -15,6 +15,7 @@ use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::encode;
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 /// The tiny model and its tokenizer.
 fn tiny(dir: &Path) -> (Model, Tokenizer) {
@@ -74,7 +75,15 @@ fn results(model: &Model, scratch: &Scratch) -> Vec<Vec<u8>> {
 fn run(model: &Model, threads: usize, scratch: &Scratch, quantize: &mut layers::Quantize<'_>) -> anyhow::Result<u64> {
     let (sequences, targets) = (sequences(), targets(model));
     let (mut last, mut total) = (0, 0);
-    let run = Run { model: model.clone(), threads: Some(threads), sequences: &sequences, targets: &targets, scratch };
+    let run = Run {
+        model: model.clone(),
+        threads: Some(threads),
+        sequences: &sequences,
+        targets: &targets,
+        scratch,
+        memory: 1 << 30,
+        stop: &AtomicBool::new(false),
+    };
     run.run(quantize, &mut |state| {
         assert!(state.done >= last && state.done <= state.total);
         (last, total) = (state.done, state.total);

@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use rushlight_quant::Matrix;
 use rushlight_quant::formats::Format;
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 /// A matrix as its file stores it, usually in place.
 #[derive(Clone, Debug)]
@@ -16,12 +17,13 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     data: Bytes,
+    order: Option<Arc<[u32]>>,
 }
 
 impl Weight {
     /// `rows` packed rows of `cols` weights; `None` where `data` is not exactly that.
     pub fn new(format: Format, rows: usize, cols: usize, data: Bytes) -> Option<Weight> {
-        let weight = Weight { format, rows, cols, data };
+        let weight = Weight { format, rows, cols, data, order: None };
         (rows.checked_mul(format.row_bytes(cols)?)? == weight.data.len()).then_some(weight)
     }
 
@@ -57,7 +59,35 @@ impl Weight {
         &self.data[row * bytes..][..bytes]
     }
 
-    /// What the kernels take.
+    /// The same matrix, whose columns are stored in the order `order`: column `i` of a row is input `order[i]`. `None`
+    /// where that is no order of its columns.
+    pub fn with_order(self, order: Arc<[u32]>) -> Option<Weight> {
+        let mut seen = vec![false; self.cols];
+        let all = order.iter().all(|&i| seen.get_mut(i as usize).is_some_and(|seen| !std::mem::replace(seen, true)));
+        (all && order.len() == self.cols).then_some(Weight { order: Some(order), ..self })
+    }
+
+    /// The order in which columns are stored, where it is not their own (see [`Weight::with_order`]). Whoever multiplies
+    /// by [`Weight::matrix`] gathers the inputs in this order first.
+    pub fn order(&self) -> Option<&Arc<[u32]>> {
+        self.order.as_ref()
+    }
+
+    /// Decodes row `row`, its columns in their own order.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        match &self.order {
+            None => self.format.decode(self.row(row), out),
+            Some(order) => {
+                let mut stored = vec![0.0; self.cols];
+                self.format.decode(self.row(row), &mut stored);
+                for (&i, w) in order.iter().zip(stored) {
+                    out[i as usize] = w;
+                }
+            }
+        }
+    }
+
+    /// What the kernels take: columns as they are stored.
     pub fn matrix(&self) -> Matrix<'_> {
         Matrix::new(self.format, self.rows, self.cols, &self.data).expect("the length was checked by `new`")
     }
@@ -65,7 +95,7 @@ impl Weight {
     /// A copy with the rows `order`.
     pub fn with_rows(&self, order: &[usize]) -> Weight {
         let data: Vec<u8> = order.iter().flat_map(|&r| self.row(r).iter().copied()).collect();
-        Weight { rows: order.len(), data: Bytes::new(data), ..*self }
+        Weight { rows: order.len(), data: Bytes::new(data), order: self.order.clone(), ..*self }
     }
 }
 
@@ -404,7 +434,11 @@ impl<'a> Finder<'a> {
     fn weight(&mut self, role: Role, layer: usize, rows: usize, cols: usize) -> Option<(usize, Weight)> {
         let name = format!("{}.weight", self.name(role, layer));
         let (id, info, data) = self.find(&name, &[rows, cols])?;
-        let weight = Weight::new(info.format, rows, cols, data);
+        let weight =
+            Weight::new(info.format, rows, cols, data).and_then(|weight| match self.checkpoint.column_order(&name) {
+                Some(order) => weight.with_order(order),
+                None => Some(weight),
+            });
         if weight.is_none() {
             self.wrong.push(format!("{name} does not hold {rows} rows of {cols} {} weights", info.format));
         }
@@ -450,9 +484,14 @@ impl<'a> Finder<'a> {
         }
         // A tied head may be stored all the same; it is not used.
         let tied = if tied_head { format!("{}.weight", self.name(Role::Head, 0)) } else { String::new() };
+        // Quantizing tools add biases of zeros to layers that have none.
+        let nothing = |name: &str| {
+            name.ends_with(".bias") && self.checkpoint.tensor(name).is_ok_and(|t| t.data.iter().all(|&byte| byte == 0))
+        };
         let left: BTreeSet<&str> = (self.checkpoint.tensors().iter())
             .map(|t| t.name.as_str())
             .filter(|name| !self.used.contains_key(*name) && !self.family.ignores(name) && *name != tied)
+            .filter(|name| !nothing(name))
             .collect();
         let mut what = Vec::new();
         if !self.missing.is_empty() {

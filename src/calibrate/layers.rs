@@ -13,6 +13,7 @@ use super::capture::{Capture, Observer};
 use super::text;
 use crate::engine::cpu::{Activations, CpuBackend};
 use crate::quantize::scratch::Scratch;
+use crate::quantize::write::Stopped;
 use anyhow::{Context, Result, bail};
 use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
@@ -25,8 +26,9 @@ use std::collections::HashMap;
 use std::io::Write;
 use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Rows that go through a layer together.
+/// Rows that go through a layer together, unless memory is short.
 const CHUNK: usize = 2048;
 /// One sequence in so many judges what the others brought about.
 const HELD_OUT: usize = 8;
@@ -75,6 +77,10 @@ pub struct Run<'a> {
     pub targets: &'a HashMap<usize, Target>,
     /// Where results are kept, in the order of the output's rows.
     pub scratch: &'a Scratch,
+    /// Bytes that may be used beside what is mapped from files.
+    pub memory: u64,
+    /// Set from outside to stop before the next chunk.
+    pub stop: &'a AtomicBool,
 }
 
 /// How far a run has come.
@@ -95,7 +101,7 @@ impl Run<'_> {
         if longest == 0 || self.sequences.iter().any(|s| s.is_empty()) {
             bail!("there is nothing to calibrate on");
         }
-        let chunks = chunks(self.sequences);
+        let chunks = chunks(self.sequences, self.rows(longest)?);
         let slots = chunks.iter().map(|c| c.len()).max().unwrap_or(1);
         let mut backend = text::backend(&self.model, self.threads, slots, longest, 1)?;
         let mut work = Work::new(&self, progress);
@@ -111,6 +117,31 @@ impl Run<'_> {
         work.reach(layers);
         self.head(&mut backend, &chunks, quantize, &mut work)?;
         Ok(())
+    }
+
+    /// How many rows may go through a layer together.
+    fn rows(&self, longest: usize) -> Result<usize> {
+        let linears = || self.model.linears();
+        // While a matrix is quantized: two Hessians and a factor (halves of square matrices, f32 and f64), and the weights
+        // with their errors, codes and packed rows in several forms.
+        let matrix = |l: &Linear| {
+            let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
+            8 * cols * cols + 24 * (rows * cols).min(SLICE as u64) + 1024 * cols
+        };
+        let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
+        let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
+        // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
+        let widest =
+            linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
+        let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
+        let rows = self.memory.saturating_sub(fixed) / row.max(1);
+        if rows < longest as u64 {
+            bail!(
+                "GPTQ on this model needs {} MB of memory; allow that much with --memory, or use --method rtn",
+                (fixed + row * longest as u64).div_ceil(1 << 20)
+            );
+        }
+        Ok((rows as usize).min(CHUNK))
     }
 
     /// Where the hidden states before layer `i` lie.
@@ -188,10 +219,7 @@ impl Run<'_> {
         let (mut at, mut ended) = (0, false);
         for chunk in chunks {
             let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
-            let mut x = backend.new_tensor(ids.len(), self.model.spec.hidden_size);
-            let bytes = 4 * x.len();
-            x.iter_mut().zip(input[at..at + bytes].as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-            at += bytes;
+            let x = self.load(backend, &input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
             let mut capture = Capture::layerwise(backend, observer);
@@ -227,14 +255,26 @@ impl Run<'_> {
         let mut at = 0;
         for chunk in chunks {
             let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
-            let mut x = backend.new_tensor(ids.len(), self.model.spec.hidden_size);
-            let bytes = 4 * x.len();
-            x.iter_mut().zip(input[at..at + bytes].as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
-            at += bytes;
+            let x = self.load(backend, &input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
         }
         self.quantize(backend.cpu(), id, &observer, quantize, work)
+    }
+
+    /// The next `rows` hidden states of `input`, of which `at` bytes are read.
+    fn load(&self, backend: &CpuBackend, input: &Bytes, at: &mut usize, rows: usize) -> Result<Activations> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Stopped.into());
+        }
+        let mut x = backend.new_tensor(rows, self.model.spec.hidden_size);
+        let bytes = *at..*at + 4 * x.len();
+        *at = bytes.end;
+        let Some(bytes) = input.get(bytes) else {
+            bail!("hidden states are missing in {}: delete the folder", self.scratch.dir().display());
+        };
+        x.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        Ok(x)
     }
 
     /// Puts the finished weight of `id` in force, if it is there.
@@ -287,7 +327,7 @@ impl Run<'_> {
             let part = start..rows.min(start + slice);
             weights.resize(part.len() * cols, 0.0);
             for (row, out) in part.clone().zip(weights.chunks_exact_mut(cols)) {
-                weight.format().decode(weight.row(row), out);
+                weight.decode_row(row, out);
             }
             if weights.iter().any(|w| !w.is_finite()) {
                 bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);
@@ -313,13 +353,13 @@ impl Run<'_> {
     }
 }
 
-/// Sequences that go together, each chunk at most [`CHUNK`] rows if it is more than one.
-fn chunks(sequences: &[Vec<u32>]) -> Vec<Range<usize>> {
+/// Sequences that go together: as many as have no more than `most` tokens.
+fn chunks(sequences: &[Vec<u32>], most: usize) -> Vec<Range<usize>> {
     let mut chunks: Vec<Range<usize>> = Vec::new();
     let mut rows = 0;
     for (i, sequence) in sequences.iter().enumerate() {
         match chunks.last_mut() {
-            Some(last) if rows + sequence.len() <= CHUNK => last.end = i + 1,
+            Some(last) if rows + sequence.len() <= most => last.end = i + 1,
             _ => {
                 chunks.push(i..i + 1);
                 rows = 0;

@@ -3,6 +3,8 @@
 
 pub mod capture;
 pub mod compare;
+pub mod gptq;
 pub mod imatrix;
 pub mod layers;
+pub mod sensitivity;
 pub mod text;

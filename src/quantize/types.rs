@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use regex::Regex;
-use rushlight_models::checkpoint::{Metadata, Value};
+use rushlight_models::checkpoint::{Checkpoint, Metadata, Value};
 use rushlight_quant::formats::Format;
 
 /// What `--type` takes: a mix with its default format.
@@ -23,7 +23,7 @@ const fn target(name: &'static str, format: Format, file_type: u32) -> Target {
 
 impl Target {
     /// Every target, from the largest to the smallest.
-    pub const ALL: [Target; 20] = [
+    pub const ALL: [Target; 21] = [
         target("F32", Format::F32, 0),
         target("F16", Format::F16, 1),
         target("BF16", Format::BF16, 32),
@@ -39,6 +39,7 @@ impl Target {
         target("Q4_0", Format::Q4_0, 2),
         target("IQ4_NL", Format::IQ4_NL, 25),
         target("IQ4_XS", Format::IQ4_XS, 30),
+        target("MXFP4_MOE", Format::MXFP4, 38),
         target("Q3_K_L", Format::Q3_K, 13),
         target("Q3_K_M", Format::Q3_K, 12),
         target("Q3_K_S", Format::Q3_K, 11),
@@ -46,11 +47,35 @@ impl Target {
         target("Q2_K_S", Format::Q2_K, 21),
     ];
 
-    /// The target called `name`, in capitals or not. `Q3_K`, `Q4_K` and `Q5_K` are the mixes of medium size.
+    /// The target for a checkpoint for which none was asked: the one that keeps the codes of an integer grid that another
+    /// tool has chosen (GPTQ, AWQ, LLM.int8), where that is what most weights are; `Q4_K_M` for all others.
+    pub fn natural(checkpoint: &Checkpoint) -> Target {
+        let (mut all, mut kept) = (0, [("Q4_0", 0), ("Q4_1", 0), ("Q8_0", 0)]);
+        for info in checkpoint.tensors() {
+            let elements = info.elements().unwrap_or(0);
+            all += elements;
+            let own = match info.format {
+                Format::Q4_0 => 0,
+                Format::Q4_Z => 1,
+                Format::Q8_0 | Format::Q8_F => 2,
+                _ => continue,
+            };
+            if checkpoint.metadata().is_none() && checkpoint.column_order(&info.name).is_none() {
+                kept[own].1 += elements;
+            }
+        }
+        let (name, most) = kept.into_iter().max_by_key(|(_, n)| *n).unwrap_or(("", 0));
+        let name = if most > all / 2 { name } else { "Q4_K_M" };
+        Target::ALL.into_iter().find(|t| t.name == name).unwrap_or(Target::ALL[0])
+    }
+
+    /// The target called `name`, in capitals or not. `Q3_K`, `Q4_K` and `Q5_K` are the mixes of medium size, `MXFP4` is
+    /// the one for experts.
     pub fn parse(name: &str) -> Result<Target, String> {
         let upper = name.to_ascii_uppercase();
         let full = match upper.as_str() {
             "Q3_K" | "Q4_K" | "Q5_K" => format!("{upper}_M"),
+            "MXFP4" => "MXFP4_MOE".into(),
             _ => upper,
         };
         Target::ALL.into_iter().find(|t| t.name == full).ok_or_else(|| {
@@ -61,7 +86,7 @@ impl Target {
 }
 
 /// The formats that tensors can be written in.
-pub const FORMATS: [Format; 15] = [
+pub const FORMATS: [Format; 16] = [
     Format::F32,
     Format::F16,
     Format::BF16,
@@ -75,6 +100,7 @@ pub const FORMATS: [Format; 15] = [
     Format::Q4_K,
     Format::IQ4_NL,
     Format::IQ4_XS,
+    Format::MXFP4,
     Format::Q3_K,
     Format::Q2_K,
 ];
@@ -211,7 +237,7 @@ pub fn choose(
         if quantizable(&tensors[i]) {
             let (name, shape) = tensors[i];
             let cols = shape.last().copied().unwrap_or(1);
-            let wanted = mix.format(name, cols);
+            let wanted = mix.format(name, shape);
             let format = fallback(wanted, cols);
             chosen[i] = Chosen { format: Some(format), instead_of: (format != wanted).then_some(wanted) };
         }
@@ -339,7 +365,8 @@ fn needs_more_bits(layer: usize, layers: usize) -> bool {
 }
 
 impl Mix<'_> {
-    fn format(&mut self, name: &str, cols: usize) -> Format {
+    fn format(&mut self, name: &str, shape: &[usize]) -> Format {
+        let cols = shape.last().copied().unwrap_or(1);
         let (wishes, default) = (self.wishes, self.target.format);
         if let Some(keep) = wishes.keep.iter().find(|keep| keep.pattern.is_match(name)) {
             return keep.format;
@@ -352,6 +379,10 @@ impl Mix<'_> {
         }
         if default.is_float() || wishes.pure {
             return default;
+        }
+        if self.target.name == "MXFP4_MOE" {
+            // Experts alone, which come as stacks.
+            return if shape.iter().rev().nth(2).is_some_and(|&n| n > 1) { default } else { Format::Q8_0 };
         }
         match part {
             Part::Head => self.head(cols),

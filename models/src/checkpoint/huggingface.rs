@@ -1,6 +1,6 @@
 //! Hugging Face model directories: `config.json` and safetensors, whole or in shards with an index.
 
-use super::{Checkpoint, Kind, index_by_name, safetensors};
+use super::{Checkpoint, Kind, index_by_name, prequantized, safetensors};
 use crate::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
@@ -26,6 +26,8 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let config = read_config(&config_path)?;
     let generation_path = dir.join("generation_config.json");
     let generation_config = if generation_path.exists() { Some(read_config(&generation_path)?) } else { None };
+
+    let quantization = prequantized::describe(dir, &config)?;
 
     let mut files = Vec::new();
     let (single, index_path) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
@@ -75,7 +77,11 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     } else {
         return Err(Error::file(dir, without_weights(dir)));
     }
-    Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)
+    let checkpoint = Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)?;
+    match quantization {
+        Some(method) => prequantized::resolve(checkpoint, &method),
+        None => Ok(checkpoint),
+    }
 }
 
 /// Reads a JSON object such as `config.json`.

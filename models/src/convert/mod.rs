@@ -1,6 +1,8 @@
 //! Conversion: what a GGUF file of a checkpoint holds, whatever the checkpoint is. Nothing is written here, and weights
 //! stay in the checkpoint until [`Converted::data`] asks for them, one tensor at a time.
 
+mod huggingface;
+
 use crate::checkpoint::{Bytes, Checkpoint, Kind, Metadata, Tensor, TensorInfo};
 use crate::families::{self, Naming, Role};
 use crate::{Error, Result};
@@ -88,9 +90,7 @@ impl Converted {
 pub fn to_gguf(checkpoint: &Checkpoint) -> Result<Conversion> {
     match checkpoint.kind() {
         Kind::Gguf(metadata) => Ok(from_gguf(checkpoint, metadata)),
-        Kind::HuggingFace { .. } => {
-            Err(Error::file(checkpoint.path(), "a Hugging Face directory cannot be turned into GGUF yet"))
-        }
+        Kind::HuggingFace { generation_config, .. } => huggingface::convert(checkpoint, generation_config.as_ref()),
     }
 }
 

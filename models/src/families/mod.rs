@@ -3,11 +3,13 @@
 mod config;
 mod keys;
 mod llama;
+mod metadata;
 mod mistral;
 mod qwen2;
 
 pub use config::Config;
 pub use keys::Keys;
+pub(crate) use metadata::{Description, describe};
 
 use crate::checkpoint::{Checkpoint, Kind};
 use crate::spec::{Biases, Branches, LayerSpec, Mlp, ModelSpec, Norm, Placement, QkNorm, Rope};
@@ -246,7 +248,6 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types).copied().collect();
                 unknown(checkpoint, name, &known)
             })?;
-            config.no_quantization()?;
             Ok((family, (family.from_config)(&config)?))
         }
     }

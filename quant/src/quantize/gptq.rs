@@ -1,9 +1,10 @@
 //! GPTQ (Frantar et al. 2023): each column is rounded, and what that got wrong is made good by the columns after it.
 
+use super::encode;
 use super::factor::Factor;
 use super::grid::nearest;
 use super::hessian::multiply;
-use super::solution::{Problem, Solution};
+use super::solution::{Problem, Solution, read_params, stored};
 use crate::buffer::Aligned;
 use crate::kernels::{GemmShape, PANEL};
 use crate::threads::Disjoint;
@@ -43,6 +44,13 @@ pub struct Variant {
     pub order: Order,
     /// When scales are found.
     pub fit: Fit,
+}
+
+impl Variant {
+    /// Whether scales are found beforehand: blocks cannot be fitted on the way when their columns are visited apart.
+    pub(super) fn is_static(&self, p: &Problem<'_>) -> bool {
+        self.fit == Fit::Static || p.format().is_some() && self.order == Order::Falling
+    }
 }
 
 /// Who is visited when.
@@ -91,7 +99,7 @@ impl Plan {
         }
         let mut segments = Vec::new();
         let mut unit_of = Solution::plain_units(p);
-        if variant.fit != Fit::Static {
+        if !variant.is_static(p) {
             let mut from = 0;
             for len in lengths {
                 segments.push(from..from + len);
@@ -131,7 +139,13 @@ pub(super) fn run(p: &Problem<'_>, plan: &Plan, factor: &Factor, fit: Fit, start
     let units = s.units;
     let levels = p.levels();
     let group_fit = p.group_fit();
+    // What a unit of squared error costs, by visit and by column.
     let importance: Vec<f32> = factor.diagonal().iter().map(|r| (r * r) as f32).collect();
+    let mut by_column = vec![0f32; cols];
+    for (c, i) in plan.order.iter().zip(&importance) {
+        by_column[*c as usize] = *i;
+    }
+    let bytes = s.packed.len() / rows.max(1);
     // By position in the order of visits.
     let mut errors = Aligned::<f32>::zeroed(rows * cols);
     let mut panels = Aligned::<f32>::default();
@@ -158,8 +172,8 @@ pub(super) fn run(p: &Problem<'_>, plan: &Plan, factor: &Factor, fit: Fit, start
             factor.pack(cpu, chunk.end..reach, &mut ahead);
         }
         let all_errors = Disjoint::new(&mut errors);
-        let (scales, offsets, codes) =
-            (Disjoint::new(&mut s.scales), Disjoint::new(&mut s.offsets), Disjoint::new(&mut s.codes));
+        let (scales, offsets) = (Disjoint::new(&mut s.scales), Disjoint::new(&mut s.offsets));
+        let (codes, packed) = (Disjoint::new(&mut s.codes), Disjoint::new(&mut s.packed));
         let unit_of = &s.unit_of;
         let order = &plan.order;
         cpu.split(rows, ROWS, &|part| {
@@ -175,14 +189,15 @@ pub(super) fn run(p: &Problem<'_>, plan: &Plan, factor: &Factor, fit: Fit, start
                 multiply(cpu.kernels.gemm, shape, errors, &ahead, &mut tile[stride..]);
             }
             let mut settled = vec![0f32; width];
-            let mut segment_weights = Vec::new();
+            let (mut segment_weights, mut in_place) = (Vec::new(), Vec::new());
             for (i, r) in part.enumerate() {
                 // SAFETY: a row belongs to one task.
-                let (scales, offsets, codes) = unsafe {
+                let (scales, offsets, codes, packed) = unsafe {
                     (
                         scales.slice(r * units..(r + 1) * units),
                         offsets.slice(r * units..(r + 1) * units),
                         codes.slice(r * cols..(r + 1) * cols),
+                        packed.slice(r * bytes..(r + 1) * bytes),
                     )
                 };
                 let w = &p.weights[r * cols..(r + 1) * cols];
@@ -206,15 +221,30 @@ pub(super) fn run(p: &Problem<'_>, plan: &Plan, factor: &Factor, fit: Fit, start
                         if segment.end > chunk.end {
                             settle_beyond(axpy, &ahead, from..reach, after, w, order, &mut segment_weights);
                         }
+                        let columns = &order[segment.clone()];
                         if let Some(group_fit) = group_fit {
-                            let u = unit_of[order[segment.start] as usize] as usize;
-                            (scales[u], offsets[u]) = group_fit.fit(&segment_weights, &importance[segment.clone()]);
+                            let u = unit_of[columns[0] as usize] as usize;
+                            (scales[u], offsets[u]) =
+                                group_fit.fit(&segment_weights, Some(&importance[segment.clone()]));
+                        } else if let Some(format) = p.format() {
+                            // A segment is the columns of one block, in some order.
+                            let len = format.block_len();
+                            let block = columns[0] as usize / len;
+                            in_place.resize(len, 0.0);
+                            for (c, w) in columns.iter().zip(&segment_weights) {
+                                in_place[*c as usize - block * len] = *w;
+                            }
+                            let packed = &mut packed[block * format.block_bytes()..(block + 1) * format.block_bytes()];
+                            let all = block * len..(block + 1) * len;
+                            encode(format, &in_place, len, Some(&by_column[all.clone()]), packed);
+                            let units = all.start / 16..all.end / 16;
+                            read_params(format, packed, &mut scales[units.clone()], &mut offsets[units]);
                         }
                     }
                     let c = order[from + q] as usize;
                     let u = unit_of[c] as usize;
                     let (code, value) = nearest(levels, scales[u], offsets[u], t[q]);
-                    codes[c] = (code + offsets[u]) as u8;
+                    codes[c] = stored(p.grid, code, offsets[u]);
                     let error = w[c] - value;
                     errors[from + q] = error;
                     axpy(error, &feedback[q * width + q + 1..(q + 1) * width], &mut t[q + 1..width]);
@@ -222,6 +252,7 @@ pub(super) fn run(p: &Problem<'_>, plan: &Plan, factor: &Factor, fit: Fit, start
             }
         });
     }
+    s.pack_codes(p);
     s
 }
 

@@ -77,8 +77,8 @@ impl GroupFit {
         ((1u32 << self.bits) - 1) as f32
     }
 
-    /// Scale and zero for `weights`, whose squared errors count `importance`.
-    pub fn fit(&self, weights: &[f32], importance: &[f32]) -> (f32, f32) {
+    /// Scale and zero for `weights`, whose squared errors count `importance` (or all alike).
+    pub fn fit(&self, weights: &[f32], importance: Option<&[f32]>) -> (f32, f32) {
         let (mut low, mut high) = (0f32, 0f32);
         for w in weights {
             low = low.min(*w);
@@ -92,10 +92,10 @@ impl GroupFit {
             let levels = Levels::Zero(self.top());
             weights
                 .iter()
-                .zip(importance)
-                .map(|(w, i)| {
+                .enumerate()
+                .map(|(i, w)| {
                     let e = w - nearest(levels, scale, zero, *w).1;
-                    i * e * e
+                    importance.map_or(1.0, |importance| importance[i]) * e * e
                 })
                 .sum()
         };

@@ -84,7 +84,7 @@ fn error_weights<const N: usize, const GROUP: usize>(
                 w[i] = importance[i] * (mean + x[i] * x[i]).sqrt();
             }
         }
-        (None, Format::Q4_K | Format::Q5_K) => {
+        (None, Format::Q2_K | Format::Q4_K | Format::Q5_K) => {
             for (w, x) in w.chunks_exact_mut(GROUP).zip(x.chunks_exact(GROUP)) {
                 let mut squares = 0.0;
                 for v in x {
@@ -94,11 +94,6 @@ fn error_weights<const N: usize, const GROUP: usize>(
                 for i in 0..GROUP {
                     w[i] = root + x[i].abs();
                 }
-            }
-        }
-        (None, Format::Q2_K) => {
-            for i in 0..N {
-                w[i] = x[i].abs();
             }
         }
         (None, _) => {

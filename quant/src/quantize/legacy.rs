@@ -27,19 +27,17 @@ pub(super) fn encode(format: Format, row: &[f32], importance: Option<&[f32]>, ou
         let weights = importance.map(|importance| search::weights(&importance[32 * b..], x, mean));
         let codes = if has_min {
             let levels = (1 << bits) - 1;
-            let (scale, min, codes) = match &weights {
-                Some(w) => search::llama_scale_min(levels, x, w),
-                None => minimum_rounding(levels, x),
-            };
+            let found = weights.map(|w| search::llama_scale_min(levels, x, &w));
+            // Sums of squares of huge weights overflow; the plain way has none.
+            let found = found.filter(|(scale, min, _)| scale.is_finite() && min.is_finite());
+            let (scale, min, codes) = found.unwrap_or_else(|| minimum_rounding(levels, x));
             block[..2].copy_from_slice(&finite_f16(scale).to_le_bytes());
             block[2..4].copy_from_slice(&finite_f16(min).to_le_bytes());
             codes
         } else {
             let half = 1 << (bits - 1);
-            let (scale, codes) = match &weights {
-                Some(w) => search::llama_scale(half, x, w),
-                None => symmetric_rounding(half, x),
-            };
+            let found = weights.map(|w| search::llama_scale(half, x, &w)).filter(|(scale, _)| scale.is_finite());
+            let (scale, codes) = found.unwrap_or_else(|| symmetric_rounding(half, x));
             block[..2].copy_from_slice(&finite_f16(scale).to_le_bytes());
             codes
         };

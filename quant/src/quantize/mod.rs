@@ -1,4 +1,4 @@
-//! The algorithms that choose the numbers: encoding rows of f32 weights as packed rows of any format, and GPTQ.
+//! Encoding: rows of f32 weights to packed rows of any format.
 //!
 //! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
 //! least weighted square error, by the weights that llama.cpp counts errors with.
@@ -9,9 +9,11 @@ mod gptq;
 mod grid;
 mod hessian;
 mod kquants;
+mod layer;
 mod legacy;
 mod mxfp4;
 mod pack;
+mod refine;
 mod search;
 mod solution;
 #[cfg(test)]
@@ -21,6 +23,7 @@ use crate::formats::Format;
 pub use gptq::{Fit, Order, Variant};
 pub use grid::Grid;
 pub use hessian::Hessian;
+pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
@@ -33,7 +36,7 @@ pub use pack::{Levels, put_codes};
 /// finite: for others the codes are unspecified (the call still returns).
 ///
 /// # Panics
-/// If `cols` is 0 or not a whole number of blocks, or if the lengths do not fit: `weights.len()` whole rows,
+/// If the format is one that is in memory only. If `cols` is 0 or not a whole number of blocks, or if the lengths do not fit: `weights.len()` whole rows,
 /// `importance.len() == cols`, `out.len()` exactly the bytes of the rows.
 pub fn encode(format: Format, weights: &[f32], cols: usize, importance: Option<&[f32]>, out: &mut [u8]) {
     let bytes = match format.row_bytes(cols) {
@@ -58,6 +61,9 @@ pub fn encode(format: Format, weights: &[f32], cols: usize, importance: Option<&
             }
             Format::IQ4_NL => kquants::encode_iq4_nl(row, importance, out),
             Format::MXFP4 => mxfp4::encode(row, out),
+            Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => {
+                panic!("{format} is read from other tools' checkpoints, not encoded")
+            }
         }
     }
 }

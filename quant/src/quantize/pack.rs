@@ -31,6 +31,8 @@ impl Format {
     pub fn levels(self) -> Option<Levels> {
         Some(match self {
             Format::F32 | Format::F16 | Format::BF16 => return None,
+            // Made by other tools alone.
+            Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => return None,
             Format::Q4_0 => Levels::Range(-8, 7),
             Format::Q5_0 => Levels::Range(-16, 15),
             Format::Q8_0 => Levels::Range(-128, 127),
@@ -49,7 +51,7 @@ impl Format {
 /// A code that is no level of the format ([`Format::levels`]) is stored as the nearest level.
 ///
 /// # Panics
-/// If the format has no codes, or the row is too short to hold the group.
+/// If the format has no codes or is one that is in memory only, or the row is too short to hold the group.
 pub fn put_codes(format: Format, row: &mut [u8], g: usize, codes: &[i8; 32]) {
     let groups = format.block_len() / 32;
     assert!(groups > 0, "{format} has no codes");
@@ -97,6 +99,9 @@ pub(super) fn put(format: Format, block: &mut [u8], g: usize, codes: &[i8; 32]) 
         Format::IQ4_NL => nibbles(&mut block[2..18], &codes.map(iq4_index)),
         Format::IQ4_XS => nibbles(&mut block[8 + 16 * g..][..16], &codes.map(iq4_index)),
         Format::MXFP4 => nibbles(&mut block[1..17], &codes.map(e2m1)),
+        Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => {
+            panic!("{format} is read from other tools' checkpoints, not written")
+        }
     }
 }
 

@@ -28,7 +28,7 @@ impl Writer {
         if let Err(name) = index_by_name(tensors, |t| &t.name) {
             return Err(Error::file(path, format!("cannot be written: tensor '{name}' comes twice")));
         }
-        let mut sizes = Vec::with_capacity(tensors.len());
+        let (mut sizes, mut numbers) = (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()));
         for tensor in tensors {
             let fits = tensor.name.len() <= MAX_TENSOR_NAME
                 && tensor.shape.len() <= MAX_DIMS as usize
@@ -37,9 +37,17 @@ impl Writer {
                 let TensorInfo { name, format, shape } = tensor;
                 return Err(Error::file(path, format!("GGUF cannot hold tensor '{name}': {format} {shape:?}")));
             };
+            let Some(number) = number(tensor.format) else {
+                let TensorInfo { name, format, .. } = tensor;
+                return Err(Error::file(
+                    path,
+                    format!("GGUF has no type for tensor '{name}', which is {format} in memory: convert it first"),
+                ));
+            };
             sizes.push((tensor.name.clone(), bytes));
+            numbers.push(number);
         }
-        let header = header(metadata, tensors, &sizes);
+        let header = header(metadata, tensors, &numbers, &sizes);
         let mut writer = Writer { out: AtomicFile::create(path)?, tensors: sizes, current: 0, written: 0 };
         writer.put(&header)?;
         writer.skip_written()?;
@@ -88,7 +96,7 @@ impl Writer {
     }
 }
 
-fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]) -> Vec<u8> {
+fn header(metadata: &Metadata, tensors: &[TensorInfo], numbers: &[u32], sizes: &[(String, usize)]) -> Vec<u8> {
     let entries = || metadata.0.iter().filter(|(key, _)| *key != "general.alignment");
     let mut out = Vec::new();
     out.extend(b"GGUF");
@@ -102,7 +110,7 @@ fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]
         put_value(&mut out, value);
     }
     let mut offset = 0u64;
-    for (tensor, (_, bytes)) in tensors.iter().zip(sizes) {
+    for ((tensor, number), (_, bytes)) in tensors.iter().zip(numbers).zip(sizes) {
         put_string(&mut out, &tensor.name);
         // A scalar is written as one element: readers want a dimension.
         let shape: &[usize] = if tensor.shape.is_empty() { &[1] } else { &tensor.shape };
@@ -110,7 +118,7 @@ fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]
         for &dim in shape.iter().rev() {
             out.extend((dim as u64).to_le_bytes());
         }
-        out.extend(number(tensor.format).to_le_bytes());
+        out.extend(number.to_le_bytes());
         out.extend(offset.to_le_bytes());
         offset += (*bytes as u64).next_multiple_of(DEFAULT_ALIGNMENT);
     }
