@@ -249,8 +249,10 @@ impl Tokenizer {
                 "Metaspace" if step["replacement"] == "▁" && (step["split"] == false || !pieces_cross()) => {
                     rules.escape = true;
                     rules.add_prefix = step["prepend_scheme"] != "never";
-                    if step["prepend_scheme"] == "first" {
-                        notes.push("readers of the GGUF file put a space before a text even where it begins with one, and behind each mark".into());
+                    if rules.add_prefix {
+                        let marks = if step["prepend_scheme"] == "first" { ", and behind each mark" } else { "" };
+                        let text = "readers of the GGUF file put a space before a text even where it begins with one";
+                        notes.push(format!("{text}{marks}"));
                     }
                 }
                 // There are no spaces any more where this step looks for them.
