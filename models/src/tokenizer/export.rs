@@ -322,7 +322,8 @@ fn spelled(vocabulary: &Vocabulary, merges: &Merges, rows: usize) -> Vec<String>
 const LONGEST_MERGED: usize = 1024;
 
 /// The merges that give the tokens of a vocabulary in order of rank: each token's last step, which joins the two parts
-/// that tokens of lower rank make of it.
+/// that come before it when its spelling is encoded. One is enough for each: what happens within a stretch of text that
+/// becomes one token does not depend on what is around it.
 fn merges_of_ranks(vocabulary: &Vocabulary, rows: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for id in 0..vocabulary.len().min(rows) as u32 {
@@ -332,10 +333,8 @@ fn merges_of_ranks(vocabulary: &Vocabulary, rows: usize) -> Vec<String> {
         let mut ends: Vec<usize> = piece.char_indices().map(|(at, c)| at + c.len_utf8()).collect();
         while ends.len() > 2 {
             let start = |k: usize| if k == 0 { 0 } else { ends[k - 1] };
-            let joint = (0..ends.len() - 1).filter_map(|k| {
-                let joint = vocabulary.text_id(&piece[start(k)..ends[k + 1]]).filter(|&joint| joint < id)?;
-                Some((joint, k))
-            });
+            let joint = |k: usize| Some((vocabulary.text_id(&piece[start(k)..ends[k + 1]])?, k));
+            let joint = (0..ends.len() - 1).filter_map(joint);
             let Some((_, k)) = joint.min() else { break };
             ends.remove(k);
         }
