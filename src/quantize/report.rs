@@ -5,6 +5,7 @@ use super::plan::{Plan, Planned};
 use crate::calibrate::compare::Comparison;
 use crate::cli::size;
 use anyhow::{Context, Result};
+use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, context};
 use rushlight_models::checkpoint::{AtomicFile, Checkpoint};
 use serde::Serialize;
@@ -155,7 +156,12 @@ impl Report {
         environment.add_template("report", include_str!("report.html")).context("the report's template")?;
         let page = environment.get_template("report").context("the report's template")?;
         let worst = self.tensors.iter().map(|t| t.relative_error).fold(0.0, f64::max);
-        Ok(page.render(context! { r => self, types => self.types(), chart => self.chart(), worst })?)
+        Ok(page.render(context! {
+            r => Serde(self),
+            types => Serde(self.types()),
+            chart => Serde(self.chart()),
+            worst,
+        })?)
     }
 
     /// Writes the page to `path`, whole or not at all.
@@ -170,7 +176,8 @@ impl Report {
     fn types(&self) -> Vec<TypeShare> {
         let mut types: BTreeMap<&str, TypeShare> = BTreeMap::new();
         for tensor in &self.tensors {
-            let share = types.entry(&tensor.to).or_insert_with(|| TypeShare { name: tensor.to.clone(), ..<_>::default() });
+            let share =
+                types.entry(&tensor.to).or_insert_with(|| TypeShare { name: tensor.to.clone(), ..<_>::default() });
             share.tensors += 1;
             share.bytes += tensor.bytes;
         }
@@ -192,14 +199,17 @@ impl Report {
             let layer = tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
             let Some((Ok(layer), kind)) = layer.map(|(layer, kind)| (layer.parse::<usize>(), kind)) else { continue };
             if tensor.shape.len() > 1 && tensor.relative_error > 0.0 {
-                lines.entry(kind.strip_suffix(".weight").unwrap_or(kind)).or_default().push((layer, tensor.relative_error));
+                lines
+                    .entry(kind.strip_suffix(".weight").unwrap_or(kind))
+                    .or_default()
+                    .push((layer, tensor.relative_error));
             }
         }
         let last = lines.values().flatten().map(|p| p.0).max().unwrap_or(0);
         let top = nice(lines.values().flatten().map(|p| p.1).fold(0.0, f64::max));
         let place = |(layer, error): &(usize, f64)| {
             let x = Chart::LEFT + Chart::WIDTH * *layer as f64 / last.max(1) as f64;
-            format!("{x:.1},{:.1}", Chart::TOP + Chart::HEIGHT * (1.0 - error / top))
+            (x, Chart::TOP + Chart::HEIGHT * (1.0 - error / top))
         };
         let lines = lines.into_iter().map(|(name, mut points)| {
             points.sort_by_key(|p| p.0);
@@ -243,7 +253,7 @@ impl Chart {
 #[derive(Serialize)]
 struct Line {
     name: String,
-    points: Vec<String>,
+    points: Vec<(f64, f64)>,
 }
 
 /// The next of 1, 2 and 5 times a power of ten that is not below `x`.
@@ -257,7 +267,13 @@ fn nice(x: f64) -> f64 {
 
 fn percent(share: f64) -> String {
     let value = 100.0 * share;
-    let digits = if value >= 10.0 { 1 } else if value >= 0.1 || value == 0.0 { 2 } else { 4 };
+    let digits = if value >= 10.0 {
+        1
+    } else if value >= 0.1 || value == 0.0 {
+        2
+    } else {
+        4
+    };
     format!("{value:.digits$} %")
 }
 
@@ -310,7 +326,9 @@ mod tests {
     #[test]
     fn a_page_of_all_figures() {
         let page = report().html().unwrap();
-        for part in ["12.5000", "12.0000", "0.03100", "91.2 %", "blk.1.attn_q.weight", "8.00 %", "Q5_0 instead", "41.0 kB"] {
+        for part in
+            ["12.5000", "12.0000", "0.03100", "91.2 %", "blk.1.attn_q.weight", "8.00 %", "Q5_0 instead", "41.0 kB"]
+        {
             assert!(page.contains(part), "{part}");
         }
         assert!(!page.contains("<script>alert"), "names are text, not markup");
@@ -318,7 +336,8 @@ mod tests {
         // The scale ends at 10 %: 7 % and 8 % lie at that share of its height, at both ends.
         let chart = report().chart();
         assert_eq!(chart.lines.len(), 1);
-        assert_eq!(chart.lines[0].points, ["50.0,76.0", "740.0,54.0"]);
+        let points: Vec<_> = chart.lines[0].points.iter().map(|p| (p.0.round(), p.1.round())).collect();
+        assert_eq!(points, [(50.0, 76.0), (740.0, 54.0)]);
     }
 
     #[test]
