@@ -2,6 +2,7 @@
 //!
 //! See `docs/architecture.md`.
 
+pub mod calibrate;
 pub mod cli;
 pub mod engine;
 #[cfg(feature = "hub")]

@@ -402,3 +402,39 @@ fn a_real_model_tells_its_story() {
     let text = home.ok(&["run", model, "--raw", "-p", "Once upon a time", "-n", "12", "--temp", "0"]);
     assert!(text.contains("there was a little girl"), "{text}");
 }
+
+#[test]
+fn a_model_beside_itself() {
+    let home = Home::new();
+    let text: String = (0..400).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect();
+    let file = home.write("text.txt", text);
+    let args = ["perplexity", "tiny", "-f", &file, "--ctx", "64", "--against", "tiny"];
+    let json = home.json(&[&args[..], &["--json"]].concat());
+    assert_eq!((json["kl"].as_f64(), json["same_top"].as_f64()), (Some(0.0), Some(1.0)));
+    assert_eq!(json["perplexity"], json["original"]["perplexity"]);
+    assert_eq!(json["tokens"].as_u64(), Some(6 * 31));
+    assert!(home.ok(&args).contains("same likeliest token 100.00 %"));
+    let error = home.error(&["perplexity", "tiny", "-f", &file, "--ctx", "64", "--against", "nothing-here"]);
+    assert!(error.contains("nothing-here"), "{error}");
+}
+
+#[test]
+fn imatrix_in_both_forms() {
+    use rushlight_models::checkpoint::imatrix::Imatrix;
+    let home = Home::new();
+    let file = home.write("text.txt", (0..300).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect::<String>());
+    let (new, old) = (home.path("i.gguf"), home.path("i.dat"));
+    for out in [&new, &old] {
+        let said = home.ok(&["imatrix", "tiny", "-f", &file, "--ctx", "64", "-o", out.to_str().unwrap()]);
+        assert!(said.contains("14 matrices, from 256 tokens"), "{said}");
+    }
+    let (new, old) = (Imatrix::read(&new).unwrap(), Imatrix::read(&old).unwrap());
+    assert_eq!((new.chunks, new.chunk_size, new.entries.len()), (4, 64, 14));
+    assert_eq!(new.entries["blk.1.ffn_down.weight"].counts, [256]);
+    for name in new.entries.keys() {
+        let (new, old) = (new.importance(name).unwrap(), old.importance(name).unwrap());
+        new.iter().zip(&old).for_each(|(a, b)| assert!((a - b).abs() <= 1e-6 * a && *a > 0.0, "{name}: {a} {b}"));
+    }
+    let error = home.error(&["imatrix", "tiny", "-f", &file, "-o", "x.gguf"]);
+    assert!(error.contains("has 300 tokens, fewer than the 512"), "{error}");
+}

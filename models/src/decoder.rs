@@ -8,12 +8,25 @@ use crate::spec::{Branches, QkNorm};
 /// Runs `batch` through every layer: the residual stream behind the last one, a row per token.
 pub fn hidden<B: Backend>(model: &Model, backend: &mut B, batch: &Batch<'_>) -> Result<B::Tensor> {
     backend.begin(model, batch)?;
-    let mut x = backend.embed(&model.embedding, batch.ids)?;
-    x = scaled(backend, x, model.spec.embedding_scale)?;
-    for (i, weights) in model.layers.iter().enumerate() {
-        x = Pass { model, layer: i, weights, backend }.layer(x)?;
+    let mut x = embed(model, backend, batch.ids)?;
+    for i in 0..model.layers.len() {
+        x = layer(model, backend, i, x)?;
     }
     Ok(x)
+}
+
+/// The residual stream before the first layer, a row for each of `ids`.
+pub fn embed<B: Backend>(model: &Model, backend: &mut B, ids: &[u32]) -> Result<B::Tensor> {
+    let x = backend.embed(&model.embedding, ids)?;
+    scaled(backend, x, model.spec.embedding_scale)
+}
+
+/// What layer `i` makes of the residual stream `x`, whose rows are those of the batch that `backend` has begun.
+///
+/// # Panics
+/// When the model has no layer `i`.
+pub fn layer<B: Backend>(model: &Model, backend: &mut B, i: usize, x: B::Tensor) -> Result<B::Tensor> {
+    Pass { model, layer: i, weights: &model.layers[i], backend }.layer(x)
 }
 
 /// The logits of rows of [`hidden`]: final norm and head.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod imatrix;
 mod info;
 mod interrupt;
 mod list;
@@ -51,6 +52,7 @@ enum Command {
     Run(Box<run::Args>),
     Quantize(quantize::Args),
     Perplexity(perplexity::Args),
+    Imatrix(imatrix::Args),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
     Bench(bench::Args),
@@ -103,6 +105,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(args, global),
         Command::Quantize(args) => quantize::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
+        Command::Imatrix(args) => imatrix::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
         Command::Bench(args) => bench::run(args, global),

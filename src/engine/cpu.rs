@@ -131,7 +131,8 @@ impl CpuBackend {
         self.kv.forget(&self.cpu, slot, range, rotary);
     }
 
-    fn new_tensor(&self, rows: usize, width: usize) -> Activations {
+    /// A matrix of `[rows, width]` to be written to: what it holds is arbitrary.
+    pub fn new_tensor(&self, rows: usize, width: usize) -> Activations {
         let len = rows * width;
         Activations { buffer: self.pool.take(len), len, width, pool: self.pool.clone() }
     }

@@ -145,6 +145,11 @@ impl Engine {
         self.backend.kv.shape().slots
     }
 
+    /// The model and what computes it, for passes of one's own.
+    pub fn parts(&mut self) -> (&Model, &mut CpuBackend) {
+        (&self.model, &mut self.backend)
+    }
+
     /// Positions held in the cache of `slot`.
     pub fn len(&self, slot: usize) -> usize {
         self.backend.kv.len(slot) - self.prefix()

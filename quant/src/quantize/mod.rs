@@ -3,14 +3,27 @@
 //! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
 //! least weighted square error, by the weights that llama.cpp counts errors with.
 
+mod factor;
 mod float;
+mod gptq;
+mod grid;
+mod hessian;
 mod kquants;
+mod layer;
 mod legacy;
 mod mxfp4;
 mod pack;
+mod refine;
 mod search;
+mod solution;
+#[cfg(test)]
+mod tests;
 
 use crate::formats::Format;
+pub use gptq::{Fit, Order, Variant};
+pub use grid::Grid;
+pub use hessian::Hessian;
+pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.

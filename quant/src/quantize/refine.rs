@@ -1,0 +1,219 @@
+//! Coordinate descent after GPTQ: each scale, then each code, is set to what is best with all the others as they are.
+
+use super::grid::{Grid, nearest};
+use super::hessian::{Hessian, multiply};
+use super::solution::{Problem, Solution, read_params, stored, value};
+use crate::buffer::Aligned;
+use crate::formats::{Format, f16_to_f32};
+use crate::kernels::{GemmShape, PANEL};
+use crate::threads::Disjoint;
+
+/// Passes `sweeps` times over all columns. The error `d (H + damping) d^T` of each row never rises.
+///
+/// With `g = d H` a change `s` of the weights changes that error by `2 g s + s H s`. Columns are taken in batches whose
+/// `g` is computed afresh from all errors, and followed exactly inside the batch.
+pub(super) fn refine(p: &Problem<'_>, hessian: &Hessian, damping: f64, sweeps: usize, s: &mut Solution) {
+    const ROWS: usize = 48;
+    let (rows, cols, cpu) = (p.rows, p.cols, p.cpu);
+    let batch = match p.span() {
+        span @ ..=128 => 128 / span * span,
+        span @ ..=256 => span,
+        _ => 128,
+    };
+    let levels = p.levels();
+    let bytes = s.packed.len() / rows.max(1);
+    // In the units of the Hessian's sums, which is all that matters here.
+    let damping = (damping / hessian.scale()) as f32;
+    let mut errors = Aligned::<f32>::zeroed(rows * cols);
+    s.errors(p, &mut errors);
+    let mut panels = Aligned::<f32>::default();
+    let units = s.units;
+    for _ in 0..sweeps {
+        for from in (0..cols).step_by(batch) {
+            // Panels begin at a multiple of 16; columns before `from` are computed for nothing.
+            let to = cols.min(from + batch);
+            let first = from / PANEL * PANEL;
+            let skip = from - first;
+            let width = to - from;
+            let stride = (to - first).next_multiple_of(PANEL);
+            panels.reserve(cols * stride);
+            hessian.pack(cpu, 0..cols, first..to, &mut panels);
+            let mut square = vec![0f32; width * width];
+            for i in 0..width {
+                for j in 0..width {
+                    square[i * width + j] = hessian.sum(from + i, from + j);
+                }
+                square[i * width + i] += damping;
+            }
+            let all_errors = Disjoint::new(&mut errors);
+            let (scales, offsets) = (Disjoint::new(&mut s.scales), Disjoint::new(&mut s.offsets));
+            let (codes, packed) = (Disjoint::new(&mut s.codes), Disjoint::new(&mut s.packed));
+            let unit_of = &s.unit_of;
+            cpu.split(rows, ROWS, &|part| {
+                let m = part.len();
+                // SAFETY: these rows belong to one task.
+                let errors = unsafe { all_errors.slice(part.start * cols..part.end * cols) };
+                let mut tile = vec![0f32; m * stride];
+                let shape =
+                    GemmShape { m, n: to - first, k: cols, lda: cols, ldb: cols * PANEL, ldc: stride, add: false };
+                multiply(cpu.kernels.gemm, shape, errors, &panels, &mut tile);
+                for (i, r) in part.enumerate() {
+                    // SAFETY: a row belongs to one task.
+                    let (scales, offsets, codes, packed) = unsafe {
+                        (
+                            scales.slice(r * units..(r + 1) * units),
+                            offsets.slice(r * units..(r + 1) * units),
+                            codes.slice(r * cols..(r + 1) * cols),
+                            packed.slice(r * bytes..(r + 1) * bytes),
+                        )
+                    };
+                    let w = &p.weights[r * cols + from..r * cols + to];
+                    let e = &mut errors[i * cols + from..i * cols + to];
+                    let g = &mut tile[i * stride + skip..i * stride + skip + width];
+                    for (g, e) in g.iter_mut().zip(e.iter()) {
+                        *g += damping * e;
+                    }
+                    let mut row = Batch { axpy: cpu.kernels.lanes.axpy, square: &square, e, g };
+                    if let Some(format) = p.format().filter(|f| *f != Format::MXFP4) {
+                        for block in from / format.block_len()..to / format.block_len() {
+                            row.scale_block(format, block, from, codes, packed, scales, offsets);
+                        }
+                    }
+                    for c in 0..width {
+                        let u = unit_of[from + c] as usize;
+                        let diagonal = square[c * width + c];
+                        if diagonal <= 0.0 {
+                            continue;
+                        }
+                        let target = w[c] + row.e[c] - row.g[c] / diagonal;
+                        let (code, _) = nearest(levels, scales[u], offsets[u], target);
+                        let code = stored(p.grid, code, offsets[u]);
+                        if code != codes[from + c] {
+                            codes[from + c] = code;
+                            row.change(c, value(p.grid, code, scales[u], offsets[u]) - w[c] - row.e[c]);
+                        }
+                    }
+                }
+            });
+        }
+    }
+    s.pack_codes(p);
+}
+
+/// A batch of columns of one row.
+struct Batch<'a> {
+    axpy: fn(f32, &[f32], &mut [f32]),
+    /// The Hessian between them.
+    square: &'a [f32],
+    /// Errors.
+    e: &'a mut [f32],
+    /// Half the derivative of the objective.
+    g: &'a mut [f32],
+}
+
+impl Batch<'_> {
+    /// Changes weight `c` by `by`.
+    fn change(&mut self, c: usize, by: f32) {
+        let width = self.g.len();
+        self.e[c] += by;
+        (self.axpy)(by, &self.square[c * width..(c + 1) * width], self.g);
+    }
+
+    /// `a H b^T` for changes that begin at column `at`.
+    fn product(&self, at: usize, a: &[f32], b: &[f32]) -> f64 {
+        let width = self.g.len();
+        let mut sum = 0.0;
+        for (i, a) in a.iter().enumerate().filter(|(_, a)| **a != 0.0) {
+            let row = &self.square[(at + i) * width + at..][..b.len()];
+            sum += f64::from(*a) * row.iter().zip(b).map(|(h, b)| f64::from(*h) * f64::from(*b)).sum::<f64>();
+        }
+        sum
+    }
+
+    fn slope(&self, at: usize, a: &[f32]) -> f64 {
+        self.g[at..].iter().zip(a).map(|(g, a)| f64::from(*g) * f64::from(*a)).sum()
+    }
+
+    /// Moves the f16 scale, and f16 minimum, of a whole block to where the objective is least.
+    fn scale_block(
+        &mut self,
+        format: Format,
+        block: usize,
+        from: usize,
+        codes: &[u8],
+        packed: &mut [u8],
+        scales: &mut [f32],
+        offsets: &mut [f32],
+    ) {
+        let len = format.block_len();
+        let (d_at, min_at) = places(format);
+        let columns = block * len..(block + 1) * len;
+        let units = columns.start / 16..columns.end / 16;
+        let at = columns.start - from;
+        let packed = &mut packed[block * format.block_bytes()..(block + 1) * format.block_bytes()];
+        // The block's weights are `a + b`, with `a` proportional to the scale and `b` to the minimum.
+        let mut a = [0f32; 256];
+        let mut b = [0f32; 256];
+        for (i, c) in columns.clone().enumerate() {
+            a[i] = scales[c / 16] * f32::from(codes[c] as i8);
+            b[i] = -offsets[c / 16];
+        }
+        let (a, b) = (&a[..len], &b[..len]);
+        let (aa, ga) = (self.product(at, a, a), self.slope(at, a));
+        let mut step = if aa > 0.0 { [-ga / aa, 0.0] } else { [0.0; 2] };
+        if min_at.is_some() {
+            let (ab, bb, gb) = (self.product(at, a, b), self.product(at, b, b), self.slope(at, b));
+            let determinant = aa * bb - ab * ab;
+            if determinant > 1e-9 * aa * bb {
+                step = [(gb * ab - ga * bb) / determinant, (ga * ab - gb * aa) / determinant];
+            }
+        }
+        let before: [u8; 4] =
+            std::array::from_fn(|i| packed[if i < 2 { d_at + i } else { min_at.unwrap_or(d_at) + i - 2 }]);
+        let scaled = |at: usize, step: f64| {
+            let old = f16_to_f32(u16::from_le_bytes([packed[at], packed[at + 1]]));
+            half::f16::from_f64(f64::from(old) * (1.0 + step))
+        };
+        let d = scaled(d_at, step[0]);
+        let min = min_at.map(|at| scaled(at, step[1]));
+        if !d.is_finite() || d.to_f32() == 0.0 || min.is_some_and(|m| !m.is_finite()) {
+            return;
+        }
+        packed[d_at..d_at + 2].copy_from_slice(&d.to_le_bytes());
+        if let (Some(at), Some(min)) = (min_at, min) {
+            packed[at..at + 2].copy_from_slice(&min.to_le_bytes());
+        }
+        let (mut new_scales, mut new_offsets) = ([0f32; 16], [0f32; 16]);
+        let (new_scales, new_offsets) = (&mut new_scales[..units.len()], &mut new_offsets[..units.len()]);
+        read_params(format, packed, new_scales, new_offsets);
+        let mut change = [0f32; 256];
+        for (i, c) in columns.enumerate() {
+            let new = value(Grid::Blocks(format), codes[c], new_scales[i / 16], new_offsets[i / 16]);
+            change[i] = new - value(Grid::Blocks(format), codes[c], scales[c / 16], offsets[c / 16]);
+        }
+        let change = &change[..len];
+        if 2.0 * self.slope(at, change) + self.product(at, change, change) < 0.0 {
+            scales[units.clone()].copy_from_slice(new_scales);
+            offsets[units].copy_from_slice(new_offsets);
+            for (i, by) in change.iter().enumerate().filter(|(_, by)| **by != 0.0) {
+                self.change(at + i, *by);
+            }
+        } else {
+            packed[d_at..d_at + 2].copy_from_slice(&before[..2]);
+            if let Some(at) = min_at {
+                packed[at..at + 2].copy_from_slice(&before[2..]);
+            }
+        }
+    }
+}
+
+/// Where a block holds its f16 scale, and its f16 minimum.
+fn places(format: Format) -> (usize, Option<usize>) {
+    match format {
+        Format::Q4_1 | Format::Q5_1 | Format::Q4_K | Format::Q5_K => (0, Some(2)),
+        Format::Q2_K => (80, Some(82)),
+        Format::Q3_K => (108, None),
+        Format::Q6_K => (208, None),
+        _ => (0, None),
+    }
+}
