@@ -235,7 +235,7 @@ fn step_pair<const N: usize>(
 
 /// Writes the scales of a block with minimums.
 #[inline(always)]
-fn store(format: Format, block: &mut [u8], d: [u16; 2], small: &[(u8, u8)]) {
+pub(super) fn store(format: Format, block: &mut [u8], d: [u16; 2], small: &[(u8, u8)]) {
     if format == Format::Q2_K {
         for (out, (s, m)) in block.iter_mut().zip(small) {
             *out = s | m << 4;
@@ -352,7 +352,7 @@ fn step<G: Grid, const N: usize>(low: f32, high: f32, d: f32, ideal: f32, x: &[f
 
 /// Writes the scales of a block without minimums.
 #[inline(always)]
-fn store_scales(format: Format, block: &mut [u8], d: u16, small: &[i8]) {
+pub(super) fn store_scales(format: Format, block: &mut [u8], d: u16, small: &[i8]) {
     let d = d.to_le_bytes();
     match format {
         Format::Q6_K => {

@@ -13,11 +13,11 @@ mod layer;
 mod legacy;
 mod mxfp4;
 mod pack;
+#[cfg(test)]
+mod reference;
 mod refine;
 mod search;
 mod solution;
-#[cfg(test)]
-mod tests;
 
 use crate::formats::Format;
 pub use gptq::{Fit, Order, Variant};

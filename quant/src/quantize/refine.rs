@@ -2,6 +2,7 @@
 
 use super::grid::{Grid, nearest};
 use super::hessian::{Hessian, multiply};
+use super::kquants::{store, store_scales};
 use super::solution::{Problem, Solution, read_params, stored, value};
 use crate::buffer::Aligned;
 use crate::formats::{Format, f16_to_f32};
@@ -77,6 +78,7 @@ pub(super) fn refine(p: &Problem<'_>, hessian: &Hessian, damping: f64, sweeps: u
                     if let Some(format) = p.format().filter(|f| *f != Format::MXFP4) {
                         for block in from / format.block_len()..to / format.block_len() {
                             row.scale_block(format, block, from, codes, packed, scales, offsets);
+                            row.scale_groups(format, block, from, codes, packed, scales, offsets);
                         }
                     }
                     for c in 0..width {
@@ -200,6 +202,111 @@ impl Batch<'_> {
         let width = self.g.len();
         (self.axpy)(step as f32, &ah[..width], self.g);
         (self.axpy)(min_step as f32, &bh[..width], self.g);
+    }
+
+    /// Moves the small integers that scale the groups of a block, and those of their minimums.
+    fn scale_groups(
+        &mut self,
+        format: Format,
+        block: usize,
+        from: usize,
+        codes: &[u8],
+        packed: &mut [u8],
+        scales: &mut [f32],
+        offsets: &mut [f32],
+    ) {
+        let Some(Small { group, low, high }) = Small::of(format) else { return };
+        let len = format.block_len();
+        let (d_at, min_at) = places(format);
+        let packed = &mut packed[block * format.block_bytes()..(block + 1) * format.block_bytes()];
+        let half = |at: usize| u16::from_le_bytes([packed[at], packed[at + 1]]);
+        let bits = [half(d_at), min_at.map_or(0, half)];
+        let [d, min] = bits.map(f16_to_f32);
+        if d == 0.0 {
+            return;
+        }
+        let mut small = [(0f32, 0f32); 16];
+        let mut changed = false;
+        for (j, small) in small[..len / group].iter_mut().enumerate() {
+            let first = block * len + j * group;
+            let at = first - from;
+            let units = first / 16..(first + group) / 16;
+            let old = (scales[units.start], offsets[units.start]);
+            *small = ((old.0 / d).round(), if min == 0.0 { 0.0 } else { (old.1 / min).round() });
+            let before = *small;
+            // What one more of the scale, or of the minimum, adds to the group's weights.
+            let mut one = [0f32; 32];
+            let one = &mut one[..group];
+            for (i, one) in one.iter_mut().enumerate() {
+                *one = d * f32::from(codes[first + i] as i8);
+            }
+            small.0 = self.whole_steps(at, one, small.0, low, high);
+            if min != 0.0 {
+                one.fill(-min);
+                small.1 = self.whole_steps(at, one, small.1, low, high);
+            }
+            if *small == before {
+                continue;
+            }
+            changed = true;
+            scales[units.clone()].fill(d * small.0);
+            offsets[units].fill(min * small.1);
+            for i in 0..group {
+                let q = codes[first + i];
+                let grid = Grid::Blocks(format);
+                self.e[at + i] += value(grid, q, d * small.0, min * small.1) - value(grid, q, old.0, old.1);
+            }
+        }
+        if !changed {
+            return;
+        }
+        let small = &small[..len / group];
+        if min_at.is_some() {
+            let small: Vec<(u8, u8)> = small.iter().map(|(s, m)| (*s as u8, *m as u8)).collect();
+            store(format, packed, bits, &small);
+        } else {
+            let small: Vec<i8> = small.iter().map(|(s, _)| *s as i8).collect();
+            store_scales(format, packed, bits[0], &small);
+        }
+    }
+
+    /// Adds to the weights from `at` the whole multiple of `one` that lowers the objective most, and gives `now` plus it,
+    /// within the bounds.
+    fn whole_steps(&mut self, at: usize, one: &[f32], now: f32, low: f32, high: f32) -> f32 {
+        let image = self.image(at, one);
+        let (curve, slope) = (dot(&image[at..], one), dot(&self.g[at..], one));
+        if !(curve > 0.0) {
+            return now;
+        }
+        let next = (f64::from(now) - slope / curve).round_ties_even().clamp(f64::from(low), f64::from(high));
+        let step = next - f64::from(now);
+        if !(2.0 * step * slope + step * step * curve < 0.0) {
+            return now;
+        }
+        (self.axpy)(step as f32, &image[..self.g.len()], self.g);
+        next as f32
+    }
+}
+
+/// The small integers that scale the groups of a block.
+struct Small {
+    /// Columns of a group.
+    group: usize,
+    low: f32,
+    high: f32,
+}
+
+impl Small {
+    fn of(format: Format) -> Option<Small> {
+        let (group, low, high) = match format {
+            Format::Q2_K => (16, 0.0, 15.0),
+            Format::Q4_K | Format::Q5_K => (32, 0.0, 63.0),
+            Format::Q3_K => (16, -32.0, 31.0),
+            Format::IQ4_XS => (32, -32.0, 31.0),
+            Format::Q6_K => (16, -128.0, 127.0),
+            _ => return None,
+        };
+        Some(Small { group, low, high })
     }
 }
 
