@@ -184,8 +184,7 @@ impl Batch<'_> {
             + step * step * aa
             + 2.0 * step * min_step * ab
             + min_step * min_step * bb;
-        // (Also false for NaN.)
-        if !(change < 0.0) {
+        if change.is_nan() || change >= 0.0 {
             return;
         }
         packed[d_at..d_at + 2].copy_from_slice(&d.to_le_bytes());
@@ -275,12 +274,13 @@ impl Batch<'_> {
     fn whole_steps(&mut self, at: usize, one: &[f32], now: f32, low: f32, high: f32) -> f32 {
         let image = self.image(at, one);
         let (curve, slope) = (dot(&image[at..], one), dot(&self.g[at..], one));
-        if !(curve > 0.0) {
+        if curve.is_nan() || curve <= 0.0 {
             return now;
         }
         let next = (f64::from(now) - slope / curve).round_ties_even().clamp(f64::from(low), f64::from(high));
         let step = next - f64::from(now);
-        if !(2.0 * step * slope + step * step * curve < 0.0) {
+        let change = 2.0 * step * slope + step * step * curve;
+        if change.is_nan() || change >= 0.0 {
             return now;
         }
         (self.axpy)(step as f32, &image[..self.g.len()], self.g);
