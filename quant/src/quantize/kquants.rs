@@ -89,7 +89,7 @@ fn error_weights<const N: usize, const GROUP: usize>(
         }
         (None, _) => {
             for i in 0..N {
-                w[i] = x[i] * x[i];
+                w[i] = mean + x[i] * x[i];
             }
         }
     }
