@@ -1,14 +1,21 @@
 //! Directories that GPTQModel, AutoAWQ and bitsandbytes have quantized, run as they are on every instruction set.
 
-mod golden;
-
-use golden::shared;
 use rushlight::engine::{Engine, Options};
 use rushlight_models::checkpoint::safetensors;
 use rushlight_quant::{Isa, PromptRounding};
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+fn shared(path: &str) -> Option<PathBuf> {
+    let root = std::env::var_os("RUSHLIGHT_SHARED").map(PathBuf::from);
+    let path = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared")).join(path);
+    if !path.exists() {
+        println!("skipped: no reference data at {}", path.display());
+        return None;
+    }
+    Some(path)
+}
 
 /// The reference's token ids and logits, `[ids, vocabulary]`.
 fn expected(dir: &Path) -> (Vec<u32>, Vec<f32>) {
