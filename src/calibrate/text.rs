@@ -17,6 +17,8 @@ use rushlight_quant::{Cpu, Isa, Phase, physical_cores};
 /// The text that is read unless another is given: written for this purpose, in several languages and kinds.
 pub const BUILT_IN: &str = include_str!("calibration.txt");
 
+/// A text of our own on which models are compared: nothing is calibrated on it.
+pub const HELD_OUT: &str = include_str!("held_out.txt");
 /// Tokens of a sequence.
 pub const LENGTH: usize = 512;
 /// Fewest tokens that say enough about a model's activations.

@@ -1,6 +1,10 @@
 //! Which format each tensor gets, so that as little as possible is lost at a given size.
 
+use super::plan::Plan;
+use super::types::Target;
+use rushlight_models::checkpoint::Value;
 use rushlight_quant::formats::Format;
+use std::collections::HashMap;
 
 /// A format that a tensor may have.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,6 +51,30 @@ pub fn allocate(tensors: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>, u64>
         }
     }
     Ok(place.iter().zip(&hulls).map(|(place, hull)| hull.get(*place).copied().unwrap_or(0)).collect())
+}
+
+/// Gives each tensor of `plan` the one of its `choices` that [`allocate`] picks: the sum of their losses.
+///
+/// # Errors
+/// With the fewest bytes that are possible, where those exceed the budget.
+pub fn fit(plan: &mut Plan, choices: &[Vec<Choice>], budget: u64) -> Result<f64, u64> {
+    let chosen = allocate(choices, budget)?;
+    let mut loss = 0.0;
+    let mut bytes: HashMap<Format, u64> = HashMap::new();
+    for ((tensor, choices), i) in plan.tensors.iter_mut().zip(choices).zip(chosen) {
+        let Some(choice) = choices.get(i) else { continue };
+        if tensor.format != choice.format {
+            (tensor.format, tensor.instead_of) = (choice.format, None);
+        }
+        loss += choice.loss;
+        *bytes.entry(choice.format).or_default() += choice.bytes;
+    }
+    // Files have one number for the type: that of the format which takes the most.
+    let most = bytes.into_iter().max_by_key(|(format, bytes)| (*bytes, *format)).map(|(format, _)| format);
+    if let Some(named) = Target::ALL.into_iter().find(|t| Some(t.format) == most) {
+        plan.metadata.0.insert("general.file_type".into(), Value::Unsigned(named.file_type.into()));
+    }
+    Ok(loss)
 }
 
 /// The choices on the lower convex hull, by rising bytes and falling loss.

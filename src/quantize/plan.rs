@@ -3,7 +3,7 @@
 use super::types::{Chosen, Target, Traits, Wishes, choose};
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
-use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, Value};
+use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, TensorInfo, Value, gguf};
 use rushlight_models::convert::{Converted, Source, to_gguf};
 use rushlight_quant::formats::Format;
 use std::path::Path;
@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// GGUF's `general.quantization_version`: of the block formats' layouts, 2 since 2023.
 const QUANTIZATION_VERSION: u64 = 2;
+/// What tensors begin at multiples of.
+const ALIGNMENT: u64 = 32;
 
 /// A GGUF file to be written.
 pub struct Plan {
@@ -122,6 +124,16 @@ impl Plan {
         notes.extend(kept(checkpoint, &tensors));
         notes.extend(requantized(&tensors));
         Ok(Plan { target, metadata, tensors, notes })
+    }
+
+    /// Bytes of the file beside those of its tensors: metadata, and what aligns them.
+    pub fn overhead(&self) -> u64 {
+        let infos: Vec<TensorInfo> = self
+            .tensors
+            .iter()
+            .map(|t| TensorInfo { name: t.source.name.clone(), format: t.format, shape: t.source.shape.clone() })
+            .collect();
+        gguf::header_bytes(&self.metadata, &infos) + ALIGNMENT * infos.len() as u64
     }
 
     /// Bytes of all tensors as written, and as in the source.

@@ -69,6 +69,9 @@ impl Target {
         Target::ALL.into_iter().find(|t| t.name == name).unwrap_or(Target::ALL[0])
     }
 
+    /// No mix with a name: each tensor's format is chosen by what it costs.
+    pub const MIX: Target = target("MIX", Format::Q8_0, 7);
+
     /// The target called `name`, in capitals or not. `Q3_K`, `Q4_K` and `Q5_K` are the mixes of medium size, `MXFP4` is
     /// the one for experts.
     pub fn parse(name: &str) -> Result<Target, String> {

@@ -6,7 +6,7 @@ mod types;
 mod writer;
 
 pub use types::{format, number};
-pub use writer::Writer;
+pub use writer::{Writer, header_bytes};
 
 use super::{Bytes, Checkpoint, Kind, MAX_TENSORS, Metadata, Tensor, TensorInfo, ValueType, map};
 use crate::{Error, Result};

@@ -58,6 +58,12 @@ impl Writer {
     }
 }
 
+/// Bytes before the first tensor of a file with this metadata and these tensors.
+pub fn header_bytes(metadata: &Metadata, tensors: &[TensorInfo]) -> u64 {
+    let sizes: Vec<(String, usize)> = tensors.iter().map(|t| (t.name.clone(), t.bytes().unwrap_or(0))).collect();
+    header(metadata, tensors, &vec![0; tensors.len()], &sizes).len() as u64
+}
+
 fn header(metadata: &Metadata, tensors: &[TensorInfo], numbers: &[u32], sizes: &[(String, usize)]) -> Vec<u8> {
     let entries = || metadata.0.iter().filter(|(key, _)| *key != "general.alignment");
     let mut out = Vec::new();

@@ -1,12 +1,19 @@
 //! `rushlight quantize`: a smaller file of a model.
 
+mod summary;
+
+use self::summary::{Summary, print, summarize};
 use super::options::read_text;
 use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, size};
-use crate::calibrate::gptq;
+use crate::calibrate::compare::{Chunks, compare};
+use crate::calibrate::{gptq, sensitivity, text};
+use crate::engine::{Engine, model};
+use crate::quantize::allocate::fit;
 use crate::quantize::memory::{parse_size, total};
 use crate::quantize::name::Naming;
 use crate::quantize::output;
-use crate::quantize::plan::{GivenImatrix, Plan};
+use crate::quantize::plan::{GivenImatrix, Plan, Planned};
+use crate::quantize::report::{self, Compared, Report};
 use crate::quantize::scratch::{Fingerprint, Scratch};
 use crate::quantize::types::{Keep, Target, Wishes, parse_format};
 use crate::quantize::write::{Options, Stopped, write};
@@ -18,7 +25,6 @@ use rushlight_models::tokenizer::Tokenizer;
 use rushlight_quant::formats::Format;
 use rushlight_quant::physical_cores;
 use rushlight_quant::quantize::GptqOptions;
-use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -44,6 +50,13 @@ pub struct Args {
     /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes
     #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
     target: Option<Target>,
+    /// Choose a format for each tensor, so that the file takes at most SIZE, such as 3.5GB, and loses the least: what the
+    /// rounding of each tensor does to the model's predictions is measured first
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["target", "bpw", "pure"])]
+    size: Option<u64>,
+    /// The same with so many bits to a weight, such as 4.25
+    #[arg(long, value_name = "BITS", value_parser = parse_bits, conflicts_with_all = ["target", "pure"])]
+    bpw: Option<f64>,
     /// How codes are chosen. rtn: to the nearest. gptq: layer by layer so that outputs change least on a calibration
     /// text, which takes far longer and loses far less
     #[arg(long, value_enum, default_value_t = Method::Rtn)]
@@ -67,6 +80,13 @@ pub struct Args {
     /// No mix: the type itself for every matrix
     #[arg(long)]
     pure: bool,
+    /// Compare the new model with the original and write a page on it: perplexity, KL divergence, the error of each
+    /// tensor. With --json the figures are in the object too
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// The text that --report compares on, instead of the built-in one
+    #[arg(long, value_name = "FILE", requires = "report")]
+    report_text: Option<PathBuf>,
     /// Only show what would be written
     #[arg(long)]
     dry_run: bool,
@@ -87,42 +107,6 @@ enum Method {
     Gptq,
 }
 
-#[derive(Serialize)]
-struct Summary {
-    path: PathBuf,
-    #[serde(rename = "type")]
-    target: &'static str,
-    tensors: usize,
-    parameters: u64,
-    /// Bytes of all tensors, before and after.
-    bytes_before: u64,
-    bytes: u64,
-    bits_per_weight_before: f64,
-    bits_per_weight: f64,
-    formats: Vec<FormatSummary>,
-    notes: Vec<String>,
-    /// `None` when nothing was written.
-    seconds: Option<f64>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    plan: Vec<TensorSummary>,
-}
-
-#[derive(Serialize)]
-struct FormatSummary {
-    format: &'static str,
-    tensors: usize,
-    parameters: u64,
-    bytes: u64,
-}
-
-#[derive(Serialize)]
-struct TensorSummary {
-    name: String,
-    shape: Vec<usize>,
-    from: &'static str,
-    to: &'static str,
-}
-
 /// Runs the command.
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let started = Instant::now();
@@ -138,15 +122,26 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         embedding: args.token_embedding_type,
         pure: args.pure,
     };
-    let target = args.target.unwrap_or_else(|| Target::natural(&checkpoint));
-    let plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
+    let fitting = args.size.is_some() || args.bpw.is_some();
+    let target = match args.target {
+        Some(target) => target,
+        None if fitting => Target::MIX,
+        None => Target::natural(&checkpoint),
+    };
+    let mut plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
     let naming = Naming::of(&plan.metadata, &source, parameters);
     let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, target.name, &store)?;
     output::check(&path, &checkpoint)?;
+    let report_text = args.report_text.as_deref().map(read_text).transpose()?;
+    let stop = interrupt::flag(true);
     let memory = args.memory.unwrap_or_else(|| total() / 2);
     if memory < 32 << 20 {
         return Err(Usage(format!("--memory {}: at least 32 MB are needed", size(memory))).into());
+    }
+    if fitting {
+        let fitted = fitted(args, global, &mut plan, &checkpoint, parameters, &stop);
+        fitted.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
     }
     let mut summary = summarize(&plan, path, parameters, args.dry_run);
     if !args.dry_run {
@@ -156,10 +151,14 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             }
         }
         let threads = args.threads.map_or_else(physical_cores, NonZeroUsize::get);
-        let stop = interrupt::flag(true);
         let result = make(args, global, &plan, &checkpoint, &summary, memory, threads, &stop);
         result.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
         summary.seconds = Some(started.elapsed().as_secs_f64());
+        if let Some(page) = &args.report {
+            let report = reported(args, global, &plan, checkpoint, &summary, threads, report_text.as_deref())?;
+            report.write(page)?;
+            summary.report = Some(report);
+        }
     }
     if args.json { print_json(&summary) } else { print(&summary) }
 }
@@ -205,10 +204,7 @@ fn calibrated(
         stop,
         gptq: GptqOptions::default(),
     };
-    let tokenizer = match checkpoint.metadata() {
-        Some(metadata) => Tokenizer::from_gguf(metadata, checkpoint.path())?,
-        None => Tokenizer::from_dir(checkpoint.path())?,
-    };
+    let tokenizer = tokenizer(checkpoint)?;
     let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
     let fingerprint = Fingerprint::default()
         .with("method", "gptq")
@@ -237,65 +233,119 @@ fn hash(text: String) -> String {
     Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn summarize(plan: &Plan, path: PathBuf, parameters: u64, each: bool) -> Summary {
-    let mut formats: Vec<FormatSummary> = Vec::new();
-    for tensor in &plan.tensors {
-        let format = tensor.format.name();
-        let at = formats.iter().position(|f| f.format == format).unwrap_or_else(|| {
-            formats.push(FormatSummary { format, tensors: 0, parameters: 0, bytes: 0 });
-            formats.len() - 1
-        });
-        formats[at].tensors += 1;
-        formats[at].parameters += tensor.elements() as u64;
-        formats[at].bytes += tensor.bytes().0;
-    }
-    formats.sort_by_key(|f| std::cmp::Reverse(f.bytes));
-    let (bytes, bytes_before) = plan.bytes();
-    let bits = |bytes: u64| bytes as f64 * 8.0 / parameters.max(1) as f64;
-    let tensors = plan.tensors.iter().map(|t| TensorSummary {
-        name: t.source.name.clone(),
-        shape: t.source.shape.clone(),
-        from: t.source.format.name(),
-        to: t.format.name(),
-    });
-    Summary {
-        path,
-        target: plan.target.name,
-        tensors: plan.tensors.len(),
-        parameters,
-        bytes_before,
-        bytes,
-        bits_per_weight_before: bits(bytes_before),
-        bits_per_weight: bits(bytes),
-        formats,
-        notes: plan.notes.clone(),
-        seconds: None,
-        plan: if each { tensors.collect() } else { Vec::new() },
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    Ok(match checkpoint.metadata() {
+        Some(metadata) => Tokenizer::from_gguf(metadata, checkpoint.path())?,
+        None => Tokenizer::from_dir(checkpoint.path())?,
+    })
+}
+
+/// Reads the bits of `--bpw`.
+fn parse_bits(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(bits) if (1.0..=32.0).contains(&bits) => Ok(bits),
+        _ => Err(format!("'{}' is not a number of bits: give one such as 4.25", text.escape_debug())),
     }
 }
 
-fn print(summary: &Summary) -> Result<()> {
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    for t in &summary.plan {
-        let shape: Vec<String> = t.shape.iter().map(usize::to_string).collect();
-        writeln!(out, "{:40} {:>16}  {} -> {}", t.name.escape_debug().to_string(), shape.join(" x "), t.from, t.to)?;
-    }
-    if !summary.plan.is_empty() {
-        for note in &summary.notes {
-            writeln!(out, "note: {note}")?;
+/// Gives each matrix of `plan` the format by which the model loses least at the size that was asked for.
+fn fitted(
+    args: &Args,
+    global: &Global,
+    plan: &mut Plan,
+    checkpoint: &Checkpoint,
+    parameters: u64,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let budget = match (args.size, args.bpw) {
+        (Some(size), _) => size.saturating_sub(plan.overhead()),
+        (None, bits) => (bits.unwrap_or(16.0) * parameters as f64 / 8.0) as u64,
+    };
+    let own = |t: &Planned| match t.source.name.as_str() {
+        name if args.keep.iter().any(|keep| keep.pattern.is_match(name)) => true,
+        "output.weight" => args.output_type.is_some(),
+        "token_embd.weight" => args.token_embedding_type.is_some(),
+        _ => false,
+    };
+    let free = |t: &Planned| t.source.shape.len() == 2 && !t.format.is_float() && !own(t);
+    let mut bar = None;
+    let threads = args.threads.map(NonZeroUsize::get);
+    let measured =
+        sensitivity::measure(checkpoint, &tokenizer(checkpoint)?, plan, &free, threads, stop, &mut |done, of| {
+            bar.get_or_insert_with(|| Progress::count(global.quiet, "measuring tensors", of as u64))
+                .at(done as u64, "");
+        })?;
+    drop(bar);
+    let choices: Vec<_> = measured.iter().map(|m| m.choices.clone()).collect();
+    let loss = fit(plan, &choices, budget).map_err(|least| match args.size {
+        Some(wanted) => {
+            let least = least + plan.overhead();
+            Usage(format!("--size {}: the smallest possible is {}", size(wanted), size(least)))
+        }
+        None => Usage(format!("--bpw: the smallest possible is {:.2}", least as f64 * 8.0 / parameters as f64)),
+    })?;
+    if args.imatrix.is_none() {
+        for (tensor, measured) in plan.tensors.iter_mut().zip(measured) {
+            tensor.importance = measured.importance.filter(|i| i.len() == tensor.cols() && !tensor.format.is_float());
         }
     }
-    for f in &summary.formats {
-        let share = 100.0 * f.bytes as f64 / summary.bytes.max(1) as f64;
-        writeln!(out, "{:8} {:>5} tensors {:>9} {share:>5.1} %", f.format, f.tensors, size(f.bytes))?;
-    }
-    let (before, after) = (size(summary.bytes_before), size(summary.bytes));
-    let (bits_before, bits) = (summary.bits_per_weight_before, summary.bits_per_weight);
-    writeln!(out, "{before} -> {after}, {bits_before:.2} -> {bits:.2} bits per weight")?;
-    let path = summary.path.display();
-    match summary.seconds {
-        Some(seconds) => writeln!(out, "{path} ({}) in {seconds:.1} s", summary.target)?,
-        None => writeln!(out, "would write {path} ({})", summary.target)?,
-    }
-    Ok(out.flush()?)
+    plan.notes.push(format!("formats were chosen tensor by tensor; the expected KL divergence is {loss:.5}"));
+    Ok(())
+}
+
+/// What became of the model.
+fn reported(
+    args: &Args,
+    global: &Global,
+    plan: &Plan,
+    checkpoint: Checkpoint,
+    summary: &Summary,
+    threads: usize,
+    given: Option<&str>,
+) -> Result<Report> {
+    let source = checkpoint.path().display().to_string();
+    let written = Checkpoint::open(&summary.path)?;
+    let bar = std::sync::Mutex::new(Progress::count(global.quiet, "comparing tensors", plan.tensors.len() as u64));
+    let tensors = report::errors(plan, &checkpoint, &written, threads, &|done| {
+        bar.lock().unwrap_or_else(|e| e.into_inner()).at(done as u64, "");
+    })?;
+    drop(bar);
+    // A vocabulary may be missing: then nothing can be said of texts.
+    let comparison = match tokenizer(&checkpoint) {
+        Err(e) => {
+            tracing::warn!("the report has no comparison of predictions: {e}");
+            None
+        }
+        Ok(tokenizer) => {
+            let name = args.report_text.as_ref().map_or("the built-in text".into(), |path| path.display().to_string());
+            let ctx = checkpoint_context(&checkpoint)?;
+            let chunks = Chunks::new(&tokenizer, given.unwrap_or(text::HELD_OUT), &name, ctx, Some(40))?;
+            let options = model::Options { threads: Some(threads), context: Some(ctx), ..model::Options::default() };
+            let mut original = Engine::from_checkpoint(checkpoint, &options)?;
+            let mut other = Engine::from_checkpoint(written, &options)?;
+            let mut bar = Progress::count(global.quiet, "comparing predictions", chunks.count() as u64);
+            let comparison = compare(&mut original, &mut other, &chunks, &mut |c| bar.at(c.score.chunks as u64, ""))?;
+            bar.finish();
+            Some(Compared { text: name, comparison })
+        }
+    };
+    Ok(Report {
+        program: format!("rushlight {}", env!("CARGO_PKG_VERSION")),
+        source,
+        output: summary.path.display().to_string(),
+        target: plan.target.name.into(),
+        method: if args.method == Method::Gptq { "GPTQ".into() } else { "round to nearest".into() },
+        bytes_before: summary.bytes_before,
+        bytes_after: summary.bytes,
+        bits_before: summary.bits_per_weight_before,
+        bits_after: summary.bits_per_weight,
+        tensors,
+        comparison,
+        notes: plan.notes.clone(),
+    })
+}
+
+/// Tokens of a chunk that models are compared on.
+fn checkpoint_context(checkpoint: &Checkpoint) -> Result<usize> {
+    Ok(rushlight_models::families::recognise(checkpoint)?.1.context_length.min(512))
 }
