@@ -2,7 +2,7 @@
 
 use rushlight_models::checkpoint::gguf::Writer;
 use rushlight_models::checkpoint::{Checkpoint, Metadata, TensorInfo, Value};
-use rushlight_models::convert::{Conversion, to_gguf};
+use rushlight_models::convert::{Conversion, to_gguf, to_huggingface};
 use rushlight_models::families::Role;
 use rushlight_models::model::Model;
 use rushlight_models::tokenizer::Tokenizer;
@@ -142,6 +142,16 @@ fn switches_are_carried_over_or_told_of() {
     let keep = (16.0 / std::f64::consts::TAU - 1.0) / 3.0;
     assert!((f64::from(values[0]) - 1.0 / (keep + (1.0 - keep) / 8.0)).abs() < 1e-6, "{values:?}");
     assert!(values.len() == 8 && values[1..].iter().all(|f| (f - 8.0).abs() < 1e-5), "{values:?}");
+    // With the numbers of Llama 3.1 they are known again.
+    let rule = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let llama31 = convert("llama", json!({"rope_scaling": rule, "rope_theta": 500000.0})).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    write(&llama31, &source, &path);
+    let back = to_huggingface(&Checkpoint::open(&path).unwrap()).unwrap();
+    assert_eq!(back.config["rope_scaling"], rule);
+    assert!(back.tensors.iter().any(|t| t.name == "lm_head.weight"));
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0, "beta_fast": 16.0});
     let yarn = convert("llama", json!({"rope_scaling": yarn})).unwrap();
     for (key, value) in [

@@ -69,10 +69,11 @@ fn plain(text: &str) -> String {
     words.collect::<Vec<_>>().join("-").chars().take(80).collect::<String>().trim_end_matches('-').into()
 }
 
-/// A file's name without the type at its end.
+/// A file's name without what tells its form at the end.
 fn without_type(stem: &str) -> String {
     let lower = stem.to_ascii_lowercase();
-    let ends = super::types::Target::ALL.iter().map(|t| format!("-{}", t.name.to_ascii_lowercase().replace('_', "-")));
+    let types = super::types::Target::ALL.iter().map(|t| format!("-{}", t.name.to_ascii_lowercase().replace('_', "-")));
+    let ends = types.chain(["-hf".into(), "-gguf".into()]);
     let end = ends.filter(|end| lower.ends_with(end.as_str())).map(|end| end.len()).max().unwrap_or(0);
     stem[..stem.len() - end].to_owned()
 }
@@ -135,7 +136,8 @@ mod tests {
         );
         // From whatever there is.
         assert_eq!(named(&[("name", "My model: \u{1}2!")], "x.gguf", 134_515_008), "My-model-2-135M-v1.0-Q4_K_M.gguf");
-        assert_eq!(named(&[], "stories260K-q8_0.gguf", 260_032), "stories260K-260K-v1.0-Q4_K_M.gguf");
+        assert_eq!(named(&[], "tales-q8_0.gguf", 260_032), "tales-260K-v1.0-Q4_K_M.gguf");
+        assert_eq!(named(&[], "a/tales-hf", 260_032), "tales-260K-v1.0-Q4_K_M.gguf");
         assert_eq!(named(&[("version", "../x"), ("size_label", "large")], "é.gguf", 1), "model-0K-v1.0-Q4_K_M.gguf");
         // A fine-tune that would be taken for a size goes.
         let odd = [("basename", "a"), ("size_label", "1B"), ("finetune", "2B-x")];

@@ -487,3 +487,7 @@ impl Mix<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "types_tests.rs"]
+mod tests;

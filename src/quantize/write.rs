@@ -348,19 +348,23 @@ fn not_finite(tensor: &Planned, piece: &Piece, weights: &[f32]) -> anyhow::Error
     )
 }
 
-/// Fails where a weight is greater than its format can say.
+/// Fails where a weight is far beyond what its format can say, which the encoder then makes the greatest that it can.
 fn check_range(tensor: &Planned, piece: &Piece, weights: &[f32], bytes: &[u8]) -> Result<()> {
-    let greatest = weights.iter().fold(0f32, |max, w| max.max(w.abs()));
+    let size = |w: f32| w.abs();
+    let greatest = weights.iter().fold(0f32, |max, &w| max.max(size(w)));
     if greatest <= MAX_F16 || tensor.format == Format::F32 {
         return Ok(());
     }
     let mut decoded = vec![0.0; weights.len()];
     tensor.format.decode(bytes, &mut decoded);
-    if let Some(at) = decoded.iter().position(|w| !w.is_finite()) {
+    // Coarse formats round by much, but never the greatest weight of a block by half.
+    let far = |(w, d): (&f32, &f32)| size(*w) == greatest && !(size(*d) > greatest / 2.0);
+    if let Some(at) = weights.iter().zip(&decoded).position(far) {
         let (name, format, row) = (&tensor.source.name, tensor.format, piece.rows.start + at / tensor.cols());
         bail!(
-            "tensor '{name}' has weights up to {greatest:e} in row {row}, which {format} cannot hold: keep it as it is \
-             with --keep '{name}=F32'"
+            "tensor '{name}' has the weight {:e} in row {row}, which {format} cannot hold: give it another format with \
+             --keep '{name}=BF16'",
+            weights[at]
         );
     }
     Ok(())

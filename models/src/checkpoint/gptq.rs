@@ -201,7 +201,7 @@ impl Grid {
         // Inputs by group, and within a group as they come.
         let mut order: Vec<u32> = (0..cols as u32).collect();
         order.sort_by_key(|&i| self.groups[i as usize]);
-        let whole = cols % 32 == 0
+        let whole = cols.is_multiple_of(32)
             && order.chunks(32).all(|run| {
                 let group = |i: u32| self.groups[i as usize];
                 run.iter().all(|&i| group(i) == group(run[0]))

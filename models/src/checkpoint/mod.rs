@@ -6,6 +6,7 @@ mod atomic;
 mod awq;
 mod bitsandbytes;
 mod bytes;
+pub mod export;
 pub mod gguf;
 mod gptq;
 pub mod huggingface;
@@ -14,6 +15,7 @@ mod map;
 mod metadata;
 mod prequantized;
 pub mod safetensors;
+mod stream;
 
 pub use atomic::AtomicFile;
 pub use bytes::Bytes;
@@ -111,7 +113,7 @@ enum Stored {
     /// They lie in the file.
     Mapped(Bytes),
     /// They are packed, each time they are asked for, from what another tool has written.
-    Packed(Layer),
+    Packed(Box<Layer>),
 }
 
 impl Checkpoint {

@@ -238,22 +238,9 @@ impl Layer {
             return Err(format!("there is no memory for the {bytes} bytes of a layer: close other programs"));
         };
         if bytes > 0 {
-            let tasks = self.rows.div_ceil(at_once);
-            let parts = Mutex::new(packed.chunks_mut(at_once * row_bytes).enumerate());
-            let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let run = || {
-                while let Some((i, part)) = next() {
-                    work(i * at_once, part);
-                }
-            };
             // A small layer is done before a thread has started.
-            let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(tasks).min(bytes >> 18);
-            std::thread::scope(|scope| {
-                for _ in 1..threads {
-                    scope.spawn(run);
-                }
-                run();
-            });
+            let parts = packed.chunks_mut(at_once * row_bytes).enumerate();
+            in_parallel(parts, bytes >> 18, &|(i, part)| work(i * at_once, part));
         }
         struct Owned(Aligned<u8>);
         impl AsRef<[u8]> for Owned {
@@ -263,6 +250,24 @@ impl Layer {
         }
         Ok(Bytes::new(Owned(packed)))
     }
+}
+
+/// Has `work` do each of `parts`, on as many threads as the machine has but at most `most`.
+pub(super) fn in_parallel<P: Send>(parts: impl Iterator<Item = P> + Send, most: usize, work: &(dyn Fn(P) + Sync)) {
+    let parts = Mutex::new(parts);
+    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let run = || {
+        while let Some(part) = next() {
+            work(part);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(most);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(run);
+        }
+        run();
+    });
 }
 
 /// Collects the layers of a directory.
@@ -345,7 +350,7 @@ pub(super) fn resolve(mut checkpoint: Checkpoint, method: &Method) -> Result<Che
     checkpoint.raw.retain(|t| !used.contains(&t.name));
     for (info, layer) in layers.layers {
         checkpoint.infos.push(info);
-        checkpoint.data.push(Stored::Packed(layer));
+        checkpoint.data.push(Stored::Packed(Box::new(layer)));
     }
     checkpoint.by_name = super::index_by_name(&checkpoint.infos, |t| &t.name).map_err(|name| {
         Error::file(&checkpoint.path, format!("tensor '{name}' is there both quantized and not: download it again"))

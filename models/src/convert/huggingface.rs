@@ -94,8 +94,8 @@ fn tensors(checkpoint: &Checkpoint, family: &Family, form: &Gguf, spec: &ModelSp
     Ok(tensors)
 }
 
-/// What the numbers of `tensor` need where the file's reader takes `read` for what the directory means by `spec`.
-fn adapt(tensor: &mut Converted, spec: &ModelSpec, read: &ModelSpec) {
+/// What the numbers of `tensor` need where readers of the new form take `read` for what the old one means by `spec`.
+pub(super) fn adapt(tensor: &mut Converted, spec: &ModelSpec, read: &ModelSpec) {
     let (Some((role, _)), Source::Tensor { rows, offset, .. }) = (tensor.role, &mut tensor.source) else { return };
     if tensor.name.ends_with(".weight") && is_norm(role) {
         *offset = spec.norm.weight_offset - read.norm.weight_offset;
@@ -115,7 +115,7 @@ fn is_norm(role: Role) -> bool {
 }
 
 /// What the frequency of each rotary pair is divided by.
-fn factors(rope: &Rope) -> Vec<f32> {
+pub(super) fn factors(rope: &Rope) -> Vec<f32> {
     let plain = Rotary::new(&Rope { scaling: RopeScaling::None, ..rope.clone() }, None);
     let scaled = Rotary::new(rope, None);
     let pairs = plain.frequencies.iter().zip(&scaled.frequencies);

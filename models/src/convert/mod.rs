@@ -1,7 +1,10 @@
 //! Conversion: what a GGUF file of a checkpoint holds, whatever the checkpoint is. Nothing is written here, and weights
 //! stay in the checkpoint until [`Converted::data`] asks for them, one tensor at a time.
 
+mod from_gguf;
 mod huggingface;
+
+pub use from_gguf::{Directory, to_huggingface};
 
 use crate::checkpoint::{Bytes, Checkpoint, Kind, Metadata, Tensor, TensorInfo};
 use crate::families::{self, Naming, Role};

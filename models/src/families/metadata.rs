@@ -210,14 +210,14 @@ fn scaling(rope: &Rope) -> Result<Vec<(&'static str, Value)>, &'static str> {
     })
 }
 
-/// `spec` with what its GGUF form has otherwise, as `read` has it.
-fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
+/// `spec` with what the other form has otherwise, as `read` has it.
+pub(super) fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
     let mut meant = spec.clone();
     meant.family = read.family;
     meant.norm.weight_offset = read.norm.weight_offset;
     for (rope, read) in meant.ropes.iter_mut().zip(&read.ropes) {
         rope.layout = read.layout;
-        if matches!(rope.scaling, RopeScaling::Llama3 { .. }) {
+        if matches!(rope.scaling, RopeScaling::Llama3 { .. }) && read.scaling == RopeScaling::Stored {
             rope.scaling = RopeScaling::Stored;
         }
     }
@@ -225,7 +225,7 @@ fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
 }
 
 /// The first thing in which two specs differ.
-fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
+pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
     let layers = |same: fn(&LayerSpec, &LayerSpec) -> bool| {
         a.layers.len() == b.layers.len() && a.layers.iter().zip(&b.layers).all(|(a, b)| same(a, b))
     };
@@ -241,6 +241,7 @@ fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
         ("order of attention and MLP", a.branches == b.branches),
         ("biases", a.bias == b.bias),
         ("rotary positions", a.ropes == b.ropes && layers(|a, b| a.rope == b.rope)),
+        ("attention window", windows(a).eq(windows(b))),
         ("MLP width", layers(|a, b| a.mlp.width == b.mlp.width)),
         ("activation", layers(|a, b| a.mlp == b.mlp)),
         ("attention scale", a.attention_scale == b.attention_scale && a.attention_softcap == b.attention_softcap),

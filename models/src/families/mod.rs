@@ -1,6 +1,7 @@
 //! The families: how each reads its description into a [`ModelSpec`], and what it calls its tensors.
 
 mod config;
+mod configuration;
 mod keys;
 mod llama;
 mod metadata;
@@ -8,6 +9,7 @@ mod mistral;
 mod qwen2;
 
 pub use config::Config;
+pub(crate) use configuration::configure;
 pub use keys::Keys;
 pub(crate) use metadata::{Description, describe};
 

@@ -103,7 +103,8 @@ impl Tokenizer {
         }
         let ids = 0..rows as u32;
         let piece = |id| self.vocabulary.piece(id).filter(|piece| !piece.is_empty());
-        let kinds: Vec<i32> = ids.clone().map(|id| self.kind(id, unknown) as i32).collect();
+        let listed = self.marks.tokens().iter().filter(|t| !t.native).map(|t| t.id).collect();
+        let kinds: Vec<i32> = ids.clone().map(|id| self.kind(id, unknown, &listed) as i32).collect();
         let tokens = ids.map(|id| piece(id).map_or_else(|| format!("[PAD{id}]"), String::from));
         out.set("ggml.tokens", Value::Array(Array::of_strings(tokens)));
         out.set("ggml.token_type", Value::Array(Array::of_i32(&kinds)));
@@ -111,17 +112,14 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn kind(&self, id: u32, unknown: Option<u32>) -> Kind {
+    /// What GGUF counts `id` as; `listed` are the tokens that only tokenizer_config.json lists.
+    fn kind(&self, id: u32, unknown: Option<u32>, listed: &BTreeSet<u32>) -> Kind {
         let piece = self.vocabulary.piece(id).unwrap_or_default();
         match self.vocabulary.kind(id) {
             _ if piece.is_empty() => Kind::Unused,
             Kind::Control if unknown == Some(id) => Kind::Unknown,
             // What a person types must not become a mark, whatever the file that lists it calls it.
-            Kind::UserDefined
-                if looks_special(piece) || self.marks.tokens().iter().any(|t| t.id == id && !t.native) =>
-            {
-                Kind::Control
-            }
+            Kind::UserDefined if looks_special(piece) || listed.contains(&id) => Kind::Control,
             kind => kind,
         }
     }
@@ -249,8 +247,10 @@ impl Tokenizer {
                 "Metaspace" if step["replacement"] == "▁" && (step["split"] == false || !pieces_cross()) => {
                     rules.escape = true;
                     rules.add_prefix = step["prepend_scheme"] != "never";
-                    if step["prepend_scheme"] == "first" {
-                        notes.push("readers of the GGUF file put a space before a text even where it begins with one, and behind each mark".into());
+                    if rules.add_prefix {
+                        let marks = if step["prepend_scheme"] == "first" { ", and behind each mark" } else { "" };
+                        let text = "readers of the GGUF file put a space before a text even where it begins with one";
+                        notes.push(format!("{text}{marks}"));
                     }
                 }
                 // There are no spaces any more where this step looks for them.
@@ -317,20 +317,24 @@ fn spelled(vocabulary: &Vocabulary, merges: &Merges, rows: usize) -> Vec<String>
     ranked.into_iter().map(|(_, a, b)| format!("{} {}", piece(a), piece(b))).collect()
 }
 
+/// Longest token that merges are looked for, in bytes of its spelling: the longest in use are some 250, and the work
+/// grows with the square.
+const LONGEST_MERGED: usize = 1024;
+
 /// The merges that give the tokens of a vocabulary in order of rank: each token's last step, which joins the two parts
-/// that tokens of lower rank make of it.
+/// that come before it when its spelling is encoded. One is enough for each: what happens within a stretch of text that
+/// becomes one token does not depend on what is around it.
 fn merges_of_ranks(vocabulary: &Vocabulary, rows: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for id in 0..vocabulary.len().min(rows) as u32 {
-        let Some(piece) = vocabulary.piece(id).filter(|_| vocabulary.kind(id) == Kind::Normal) else { continue };
+        let fits = |piece: &&str| vocabulary.kind(id) == Kind::Normal && piece.len() <= LONGEST_MERGED;
+        let Some(piece) = vocabulary.piece(id).filter(fits) else { continue };
         // Ends of the parts, at first of single letters.
         let mut ends: Vec<usize> = piece.char_indices().map(|(at, c)| at + c.len_utf8()).collect();
         while ends.len() > 2 {
             let start = |k: usize| if k == 0 { 0 } else { ends[k - 1] };
-            let joint = (0..ends.len() - 1).filter_map(|k| {
-                let joint = vocabulary.text_id(&piece[start(k)..ends[k + 1]]).filter(|&joint| joint < id)?;
-                Some((joint, k))
-            });
+            let joint = |k: usize| Some((vocabulary.text_id(&piece[start(k)..ends[k + 1]])?, k));
+            let joint = (0..ends.len() - 1).filter_map(joint);
             let Some((_, k)) = joint.min() else { break };
             ends.remove(k);
         }

@@ -15,10 +15,11 @@ mod iq4;
 mod kquants;
 mod legacy;
 mod mxfp4;
+pub mod nf4;
 pub mod table;
 
 pub use block::{BlockFormat, Group, GroupIter, Visitor, decode_blocks, groups};
-pub use float::{bf16_to_f32, f16_to_f32};
+pub use float::{bf16_to_f32, f16_to_f32, f32_to_f16};
 pub use grid::{Q4_Z, Q8_F, Q8_Z};
 pub use iq4::{IQ4_NL, IQ4_TABLE, IQ4_XS};
 pub use kquants::{Q2_K, Q3_K, Q4_K, Q5_K, Q6_K};

@@ -2,14 +2,23 @@
 //! one infinite weight would spoil a whole model.
 
 use crate::formats::Format;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Encodes one row.
 pub(super) fn encode(format: Format, row: &[f32], out: &mut [u8]) {
     match format {
         Format::F16 => {
-            for (x, out) in row.iter().zip(out.as_chunks_mut().0) {
-                *out = finite_f16(*x).to_le_bytes();
+            // In pieces, because whole slices are converted by vector instructions.
+            for (x, out) in row.chunks(64).zip(out.chunks_mut(128)) {
+                let (mut bounded, mut halves) = ([0f32; 64], [f16::ZERO; 64]);
+                for (bounded, x) in bounded.iter_mut().zip(x) {
+                    *bounded = x.clamp(-65504.0, 65504.0);
+                }
+                halves.convert_from_f32_slice(&bounded);
+                for (half, out) in halves.iter().zip(out.as_chunks_mut().0) {
+                    *out = half.to_le_bytes();
+                }
             }
         }
         Format::BF16 => {

@@ -5,6 +5,7 @@ use super::float::finite_f16;
 use super::pack::put;
 use super::search::{self, Grid, Integers, Iq4, LANES, clamp, nearest};
 use crate::formats::{Format, f16_to_f32};
+use crate::kernels::lanes;
 
 /// Weights in a block.
 const BLOCK: usize = 256;
@@ -55,12 +56,10 @@ pub(super) fn encode_iq4_nl(row: &[f32], importance: Option<&[f32]>, out: &mut [
 #[inline(always)]
 fn bounded<const N: usize>(x: &[f32; N]) -> Option<[f32; N]> {
     let mut bounded = [0.0; N];
-    let mut largest = 0f32;
     for i in 0..N {
         bounded[i] = clamp(x[i], -MOST, MOST);
-        largest = largest.max(x[i].abs());
     }
-    (largest >= LEAST).then_some(bounded)
+    (search::size(&bounded) >= LEAST).then_some(bounded)
 }
 
 /// How much the square error of each weight of a block counts, 1 in the mean. The forms are those of ggml-quants.c.
@@ -71,11 +70,7 @@ fn error_weights<const N: usize, const GROUP: usize>(
     importance: Option<&[f32]>,
 ) -> [f32; N] {
     let mut w = [0.0; N];
-    let mut squares = 0.0;
-    for v in x {
-        squares += v * v;
-    }
-    let mean = squares / N as f32;
+    let mean = lanes::sum_squares(x) / N as f32;
     match (importance, format) {
         (Some(importance), Format::Q6_K) => w.copy_from_slice(importance),
         (Some(importance), _) => {
@@ -86,11 +81,7 @@ fn error_weights<const N: usize, const GROUP: usize>(
         }
         (None, Format::Q2_K | Format::Q4_K | Format::Q5_K) => {
             for (w, x) in w.chunks_exact_mut(GROUP).zip(x.chunks_exact(GROUP)) {
-                let mut squares = 0.0;
-                for v in x {
-                    squares += v * v;
-                }
-                let root = (squares / GROUP as f32).sqrt();
+                let root = (lanes::sum_squares(x) / GROUP as f32).sqrt();
                 for i in 0..GROUP {
                     w[i] = root + x[i].abs();
                 }
@@ -98,14 +89,11 @@ fn error_weights<const N: usize, const GROUP: usize>(
         }
         (None, _) => {
             for i in 0..N {
-                w[i] = x[i] * x[i];
+                w[i] = mean + x[i] * x[i];
             }
         }
     }
-    let mut sum = 0.0;
-    for v in w {
-        sum += v;
-    }
+    let sum = lanes::sum(&w);
     // A little for each, so that a group that nothing depends on is still encoded as what it is.
     let factor = if sum > 0.0 && sum < f32::INFINITY { N as f32 / sum } else { 0.0 };
     for v in &mut w {
@@ -157,16 +145,18 @@ fn with_minimums<const N: usize, const GROUPS: usize>(
             small[j] = (s as u8, m as u8);
             error += e;
             let (inverse, offset) = (reciprocal(scale * s), min * m);
+            let mut q = [0f32; N];
+            let mut wq = [0f32; N];
             for i in 0..N {
-                let q = nearest(clamp((x[i] + offset) * inverse, 0.0, levels));
-                codes[N * j + i] = q as i8;
-                let sq = s * q;
-                qq += w[i] * sq * sq;
-                qm += w[i] * sq * m;
-                mm += w[i] * m * m;
-                xq += w[i] * x[i] * sq;
-                xm += w[i] * x[i] * m;
+                q[i] = nearest(clamp((x[i] + offset) * inverse, 0.0, levels));
+                codes[N * j + i] = q[i] as i8;
+                wq[i] = w[i] * q[i];
             }
+            qq += s * s * lanes::dot(&wq, &q);
+            qm += s * m * lanes::sum(&wq);
+            mm += m * m * lanes::sum(w);
+            xq += s * lanes::dot(&wq, x);
+            xm += m * lanes::dot(w, x);
         }
         if error >= best {
             break;
@@ -189,6 +179,14 @@ fn with_minimums<const N: usize, const GROUPS: usize>(
     }
 }
 
+/// What is added to a group's first guesses at the integers for its scale and its minimum, and how many scales to the
+/// minimum: with it moved by a whole scale all codes move by one, which is as good where they do not use every level.
+const NEAR: [[f32; LANES]; 3] = [
+    [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    [0.0, 1.0, -1.0, 0.0, 1.0, -1.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.0, 0.0, 1.0, 1.0, -1.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 1.0, -1.0, 1.0, -1.0],
+];
+
 /// The integers that stand for the scale and minimum of a group, near the ideal ones, that give the least error; and
 /// that error.
 #[inline(always)]
@@ -202,16 +200,15 @@ fn step_pair<const N: usize>(
 ) -> (f32, f32, f32) {
     let s = clamp(nearest(ideal.0 * reciprocal(d[0])), 0.0, steps);
     let m = clamp(nearest(ideal.1 * reciprocal(d[1])), 0.0, steps);
+    let level = nearest(clamp(d[0] * s * reciprocal(d[1]), 0.0, steps));
     let mut steps_s = [0f32; LANES];
     let mut steps_m = [0f32; LANES];
     let mut scale = [0f32; LANES];
     let mut inverse = [0f32; LANES];
     let mut min = [0f32; LANES];
     for k in 0..LANES {
-        // Three scales by five minimums, the middle first; the last lane repeats it.
-        let at = k % 15;
-        steps_s[k] = clamp(s + ((at + 1) % 3) as f32 - 1.0, 0.0, steps);
-        steps_m[k] = clamp(m + ((at / 3 + 2) % 5) as f32 - 2.0, 0.0, steps);
+        steps_s[k] = clamp(s + NEAR[0][k], 0.0, steps);
+        steps_m[k] = clamp(m + NEAR[1][k] + NEAR[2][k] * level, 0.0, steps);
         scale[k] = d[0] * steps_s[k];
         inverse[k] = reciprocal(scale[k]);
         min[k] = d[1] * steps_m[k];
@@ -224,18 +221,13 @@ fn step_pair<const N: usize>(
             errors[k] += w[i] * error * error;
         }
     }
-    let mut best = 0;
-    for k in 1..LANES {
-        if errors[k] < errors[best] {
-            best = k;
-        }
-    }
+    let best = search::least(&errors);
     (steps_s[best], steps_m[best], errors[best])
 }
 
 /// Writes the scales of a block with minimums.
 #[inline(always)]
-fn store(format: Format, block: &mut [u8], d: [u16; 2], small: &[(u8, u8)]) {
+pub(super) fn store(format: Format, block: &mut [u8], d: [u16; 2], small: &[(u8, u8)]) {
     if format == Format::Q2_K {
         for (out, (s, m)) in block.iter_mut().zip(small) {
             *out = s | m << 4;
@@ -297,13 +289,15 @@ fn symmetric<G: Grid, const N: usize, const GROUPS: usize>(
             small[j] = s as i8;
             error += e;
             let inverse = reciprocal(scale * s);
+            let mut q = [0f32; N];
+            let mut wq = [0f32; N];
             for i in 0..N {
-                let q = G::round(x[i] * inverse);
-                codes[N * j + i] = q as i8;
-                let sq = s * q;
-                qq += w[i] * sq * sq;
-                xq += w[i] * x[i] * sq;
+                q[i] = G::round(x[i] * inverse);
+                codes[N * j + i] = q[i] as i8;
+                wq[i] = w[i] * q[i];
             }
+            qq += s * s * lanes::dot(&wq, &q);
+            xq += s * lanes::dot(&wq, x);
         }
         if error >= best {
             break;
@@ -341,18 +335,13 @@ fn step<G: Grid, const N: usize>(low: f32, high: f32, d: f32, ideal: f32, x: &[f
             errors[k] += w[i] * error * error;
         }
     }
-    let mut best = 0;
-    for k in 1..LANES {
-        if errors[k] < errors[best] {
-            best = k;
-        }
-    }
+    let best = search::least(&errors);
     (steps[best], errors[best])
 }
 
 /// Writes the scales of a block without minimums.
 #[inline(always)]
-fn store_scales(format: Format, block: &mut [u8], d: u16, small: &[i8]) {
+pub(super) fn store_scales(format: Format, block: &mut [u8], d: u16, small: &[i8]) {
     let d = d.to_le_bytes();
     match format {
         Format::Q6_K => {

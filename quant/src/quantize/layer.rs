@@ -23,10 +23,11 @@ pub struct GptqOptions {
 }
 
 impl Default for GptqOptions {
+    /// What served activations that it had not seen best, on layers of two models (see `docs/decisions.md`).
     fn default() -> Self {
-        let variant = |damping, order, fit| Variant { damping, order, fit };
+        let variant = |order, fit| Variant { damping: 0.1, order, fit };
         GptqOptions {
-            variants: vec![variant(0.01, Order::FallingBlocks, Fit::Fresh), variant(0.01, Order::Falling, Fit::Static)],
+            variants: vec![variant(Order::FallingBlocks, Fit::Fresh), variant(Order::Falling, Fit::Static)],
             sweeps: 2,
             search: true,
             half_scales: true,
@@ -174,7 +175,11 @@ pub fn gptq(
     chosen.iter().for_each(|m| counts[*m].1 += 1);
     let mut refined = vec![false; rows];
     if options.sweeps > 0 {
-        let damping = options.variants.iter().map(|v| v.damping).fold(0.01, f64::min) * mean;
+        // As stiff as the way that suited most rows.
+        let damping = match counts.iter().max_by_key(|(_, rows)| *rows) {
+            Some((Method::Gptq(variant), _)) => variant.damping.max(0.0),
+            _ => 0.1,
+        } * mean;
         let mut next = solution.clone();
         refine(&p, hessian, damping, options.sweeps, &mut next);
         next.errors(&p, &mut errors);

@@ -61,7 +61,7 @@ fn symmetric_rounding(half: i32, x: &[f32; 32]) -> (f32, [i8; 32]) {
 /// The least weight becomes 0 and the largest `levels`.
 #[inline(always)]
 fn minimum_rounding(levels: i32, x: &[f32; 32]) -> (f32, f32, [i8; 32]) {
-    let (low, high) = search::bounds(x);
+    let (low, high) = search::first_bounds(x);
     let scale = (high - low) / levels as f32;
     let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
     let mut codes = [0; 32];
@@ -74,7 +74,7 @@ fn minimum_rounding(levels: i32, x: &[f32; 32]) -> (f32, f32, [i8; 32]) {
 #[inline(always)]
 fn q8_0(row: &[f32], out: &mut [u8]) {
     for (x, block) in row.as_chunks::<32>().0.iter().zip(out.chunks_exact_mut(34)) {
-        let scale = search::largest(x).abs() / 127.0;
+        let scale = search::size(x) / 127.0;
         let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
         let mut codes = [0; 32];
         for i in 0..32 {

@@ -2,6 +2,7 @@
 
 use super::grid::{Grid, nearest};
 use super::hessian::{Hessian, multiply};
+use super::kquants::{store, store_scales};
 use super::solution::{Problem, Solution, read_params, stored, value};
 use crate::buffer::Aligned;
 use crate::formats::{Format, f16_to_f32};
@@ -77,6 +78,7 @@ pub(super) fn refine(p: &Problem<'_>, hessian: &Hessian, damping: f64, sweeps: u
                     if let Some(format) = p.format().filter(|f| *f != Format::MXFP4) {
                         for block in from / format.block_len()..to / format.block_len() {
                             row.scale_block(format, block, from, codes, packed, scales, offsets);
+                            row.scale_groups(format, block, from, codes, packed, scales, offsets);
                         }
                     }
                     for c in 0..width {
@@ -119,19 +121,14 @@ impl Batch<'_> {
         (self.axpy)(by, &self.square[c * width..(c + 1) * width], self.g);
     }
 
-    /// `a H b^T` for changes that begin at column `at`.
-    fn product(&self, at: usize, a: &[f32], b: &[f32]) -> f64 {
+    /// `a H`, for a change `a` of the weights from column `at`.
+    fn image(&self, at: usize, a: &[f32]) -> [f32; MOST] {
         let width = self.g.len();
-        let mut sum = 0.0;
+        let mut image = [0f32; MOST];
         for (i, a) in a.iter().enumerate().filter(|(_, a)| **a != 0.0) {
-            let row = &self.square[(at + i) * width + at..][..b.len()];
-            sum += f64::from(*a) * row.iter().zip(b).map(|(h, b)| f64::from(*h) * f64::from(*b)).sum::<f64>();
+            (self.axpy)(*a, &self.square[(at + i) * width..(at + i + 1) * width], &mut image[..width]);
         }
-        sum
-    }
-
-    fn slope(&self, at: usize, a: &[f32]) -> f64 {
-        self.g[at..].iter().zip(a).map(|(g, a)| f64::from(*g) * f64::from(*a)).sum()
+        image
     }
 
     /// Moves the f16 scale, and f16 minimum, of a whole block to where the objective is least.
@@ -152,59 +149,172 @@ impl Batch<'_> {
         let at = columns.start - from;
         let packed = &mut packed[block * format.block_bytes()..(block + 1) * format.block_bytes()];
         // The block's weights are `a + b`, with `a` proportional to the scale and `b` to the minimum.
-        let mut a = [0f32; 256];
-        let mut b = [0f32; 256];
+        let mut a = [0f32; MOST];
+        let mut b = [0f32; MOST];
         for (i, c) in columns.clone().enumerate() {
             a[i] = scales[c / 16] * f32::from(codes[c] as i8);
             b[i] = -offsets[c / 16];
         }
         let (a, b) = (&a[..len], &b[..len]);
-        let (aa, ga) = (self.product(at, a, a), self.slope(at, a));
+        let ah = self.image(at, a);
+        let (aa, ga) = (dot(&ah[at..], a), dot(&self.g[at..], a));
         let mut step = if aa > 0.0 { [-ga / aa, 0.0] } else { [0.0; 2] };
+        let (mut bh, mut ab, mut bb, mut gb) = ([0f32; MOST], 0.0, 0.0, 0.0);
         if min_at.is_some() {
-            let (ab, bb, gb) = (self.product(at, a, b), self.product(at, b, b), self.slope(at, b));
+            bh = self.image(at, b);
+            (ab, bb, gb) = (dot(&ah[at..], b), dot(&bh[at..], b), dot(&self.g[at..], b));
             let determinant = aa * bb - ab * ab;
             if determinant > 1e-9 * aa * bb {
                 step = [(gb * ab - ga * bb) / determinant, (ga * ab - gb * aa) / determinant];
             }
         }
-        let before: [u8; 4] =
-            std::array::from_fn(|i| packed[if i < 2 { d_at + i } else { min_at.unwrap_or(d_at) + i - 2 }]);
-        let scaled = |at: usize, step: f64| {
-            let old = f16_to_f32(u16::from_le_bytes([packed[at], packed[at + 1]]));
-            half::f16::from_f64(f64::from(old) * (1.0 + step))
+        let stored = |at: usize| f64::from(f16_to_f32(u16::from_le_bytes([packed[at], packed[at + 1]])));
+        let d = half::f16::from_f64(stored(d_at) * (1.0 + step[0]));
+        let min = min_at.map(|at| half::f16::from_f64(stored(at) * (1.0 + step[1])));
+        if !d.is_finite() || d.to_f32() == 0.0 || stored(d_at) == 0.0 || min.is_some_and(|m| !m.is_finite()) {
+            return;
+        }
+        // What the steps are once rounded.
+        let step = d.to_f64() / stored(d_at) - 1.0;
+        let min_step = match (min_at.map(stored), min) {
+            (Some(old), Some(min)) if old != 0.0 => min.to_f64() / old - 1.0,
+            _ => 0.0,
         };
-        let d = scaled(d_at, step[0]);
-        let min = min_at.map(|at| scaled(at, step[1]));
-        if !d.is_finite() || d.to_f32() == 0.0 || min.is_some_and(|m| !m.is_finite()) {
+        let change = 2.0 * (step * ga + min_step * gb)
+            + step * step * aa
+            + 2.0 * step * min_step * ab
+            + min_step * min_step * bb;
+        if change.is_nan() || change >= 0.0 {
             return;
         }
         packed[d_at..d_at + 2].copy_from_slice(&d.to_le_bytes());
         if let (Some(at), Some(min)) = (min_at, min) {
             packed[at..at + 2].copy_from_slice(&min.to_le_bytes());
         }
-        let (mut new_scales, mut new_offsets) = ([0f32; 16], [0f32; 16]);
-        let (new_scales, new_offsets) = (&mut new_scales[..units.len()], &mut new_offsets[..units.len()]);
-        read_params(format, packed, new_scales, new_offsets);
-        let mut change = [0f32; 256];
-        for (i, c) in columns.enumerate() {
-            let new = value(Grid::Blocks(format), codes[c], new_scales[i / 16], new_offsets[i / 16]);
-            change[i] = new - value(Grid::Blocks(format), codes[c], scales[c / 16], offsets[c / 16]);
+        for (i, c) in columns.clone().enumerate() {
+            self.e[at + i] -= value(Grid::Blocks(format), codes[c], scales[c / 16], offsets[c / 16]);
         }
-        let change = &change[..len];
-        if 2.0 * self.slope(at, change) + self.product(at, change, change) < 0.0 {
-            scales[units.clone()].copy_from_slice(new_scales);
-            offsets[units].copy_from_slice(new_offsets);
-            for (i, by) in change.iter().enumerate().filter(|(_, by)| **by != 0.0) {
-                self.change(at + i, *by);
+        read_params(format, packed, &mut scales[units.clone()], &mut offsets[units]);
+        for (i, c) in columns.enumerate() {
+            self.e[at + i] += value(Grid::Blocks(format), codes[c], scales[c / 16], offsets[c / 16]);
+        }
+        let width = self.g.len();
+        (self.axpy)(step as f32, &ah[..width], self.g);
+        (self.axpy)(min_step as f32, &bh[..width], self.g);
+    }
+
+    /// Moves the small integers that scale the groups of a block, and those of their minimums.
+    fn scale_groups(
+        &mut self,
+        format: Format,
+        block: usize,
+        from: usize,
+        codes: &[u8],
+        packed: &mut [u8],
+        scales: &mut [f32],
+        offsets: &mut [f32],
+    ) {
+        let Some(Small { group, low, high }) = Small::of(format) else { return };
+        let len = format.block_len();
+        let (d_at, min_at) = places(format);
+        let packed = &mut packed[block * format.block_bytes()..(block + 1) * format.block_bytes()];
+        let half = |at: usize| u16::from_le_bytes([packed[at], packed[at + 1]]);
+        let bits = [half(d_at), min_at.map_or(0, half)];
+        let [d, min] = bits.map(f16_to_f32);
+        if d == 0.0 {
+            return;
+        }
+        let mut small = [(0f32, 0f32); 16];
+        let mut changed = false;
+        for (j, small) in small[..len / group].iter_mut().enumerate() {
+            let first = block * len + j * group;
+            let at = first - from;
+            let units = first / 16..(first + group) / 16;
+            let old = (scales[units.start], offsets[units.start]);
+            *small = ((old.0 / d).round(), if min == 0.0 { 0.0 } else { (old.1 / min).round() });
+            let before = *small;
+            // What one more of the scale, or of the minimum, adds to the group's weights.
+            let mut one = [0f32; 32];
+            let one = &mut one[..group];
+            for (i, one) in one.iter_mut().enumerate() {
+                *one = d * f32::from(codes[first + i] as i8);
             }
+            small.0 = self.whole_steps(at, one, small.0, low, high);
+            if min != 0.0 {
+                one.fill(-min);
+                small.1 = self.whole_steps(at, one, small.1, low, high);
+            }
+            if *small == before {
+                continue;
+            }
+            changed = true;
+            scales[units.clone()].fill(d * small.0);
+            offsets[units].fill(min * small.1);
+            for i in 0..group {
+                let q = codes[first + i];
+                let grid = Grid::Blocks(format);
+                self.e[at + i] += value(grid, q, d * small.0, min * small.1) - value(grid, q, old.0, old.1);
+            }
+        }
+        if !changed {
+            return;
+        }
+        let small = &small[..len / group];
+        if min_at.is_some() {
+            let small: Vec<(u8, u8)> = small.iter().map(|(s, m)| (*s as u8, *m as u8)).collect();
+            store(format, packed, bits, &small);
         } else {
-            packed[d_at..d_at + 2].copy_from_slice(&before[..2]);
-            if let Some(at) = min_at {
-                packed[at..at + 2].copy_from_slice(&before[2..]);
-            }
+            let small: Vec<i8> = small.iter().map(|(s, _)| *s as i8).collect();
+            store_scales(format, packed, bits[0], &small);
         }
     }
+
+    /// Adds to the weights from `at` the whole multiple of `one` that lowers the objective most, and gives `now` plus it,
+    /// within the bounds.
+    fn whole_steps(&mut self, at: usize, one: &[f32], now: f32, low: f32, high: f32) -> f32 {
+        let image = self.image(at, one);
+        let (curve, slope) = (dot(&image[at..], one), dot(&self.g[at..], one));
+        if curve.is_nan() || curve <= 0.0 {
+            return now;
+        }
+        let next = (f64::from(now) - slope / curve).round_ties_even().clamp(f64::from(low), f64::from(high));
+        let step = next - f64::from(now);
+        let change = 2.0 * step * slope + step * step * curve;
+        if change.is_nan() || change >= 0.0 {
+            return now;
+        }
+        (self.axpy)(step as f32, &image[..self.g.len()], self.g);
+        next as f32
+    }
+}
+
+/// The small integers that scale the groups of a block.
+struct Small {
+    /// Columns of a group.
+    group: usize,
+    low: f32,
+    high: f32,
+}
+
+impl Small {
+    fn of(format: Format) -> Option<Small> {
+        let (group, low, high) = match format {
+            Format::Q2_K => (16, 0.0, 15.0),
+            Format::Q4_K | Format::Q5_K => (32, 0.0, 63.0),
+            Format::Q3_K => (16, -32.0, 31.0),
+            Format::IQ4_XS => (32, -32.0, 31.0),
+            Format::Q6_K => (16, -128.0, 127.0),
+            _ => return None,
+        };
+        Some(Small { group, low, high })
+    }
+}
+
+/// Columns of the longest batch.
+const MOST: usize = 256;
+
+fn dot(x: &[f32], y: &[f32]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
 }
 
 /// Where a block holds its f16 scale, and its f16 minimum.

@@ -4,6 +4,7 @@
 //! same on every instruction set, and those of a single candidate at a time.
 
 use crate::formats::IQ4_TABLE;
+use crate::kernels::lanes;
 
 /// Candidates that are tried at once.
 pub(super) const LANES: usize = 16;
@@ -26,30 +27,89 @@ pub(super) fn clamp(x: f32, low: f32, high: f32) -> f32 {
     if x < high { x } else { high }
 }
 
+/// The largest size of the weights.
+#[inline(always)]
+pub(super) fn size<const N: usize>(x: &[f32; N]) -> f32 {
+    // As integers, which are in the same order and which compilers take in any.
+    let mut size = 0;
+    for v in x {
+        size = size.max(v.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(size)
+}
+
 /// The first of the weights that are largest by size; 0, not -0, where all are zeros.
 #[inline(always)]
 pub(super) fn largest<const N: usize>(x: &[f32; N]) -> f32 {
-    let mut size = 0f32;
-    for v in x {
-        size = size.max(v.abs());
+    let size = size(x);
+    let mut first = N as u32;
+    for i in 0..N {
+        first = first.min(if x[i].abs() == size { i as u32 } else { N as u32 });
     }
-    for v in x {
-        if v.abs() == size && size > 0.0 {
-            return *v;
-        }
-    }
-    0.0
+    if size > 0.0 && (first as usize) < N { x[first as usize] } else { 0.0 }
 }
 
-/// The least and the largest weight, each the first of its kind (which tells 0 from -0).
+/// The least and the largest weight.
 #[inline(always)]
 pub(super) fn bounds<const N: usize>(x: &[f32; N]) -> (f32, f32) {
-    let (mut low, mut high) = (x[0], x[0]);
-    for &v in x {
-        low = if v < low { v } else { low };
-        high = if v > high { v } else { high };
+    let (mut low, mut high) = ([x[0]; LANES], [x[0]; LANES]);
+    for x in x.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            low[i] = if x[i] < low[i] { x[i] } else { low[i] };
+            high[i] = if x[i] > high[i] { x[i] } else { high[i] };
+        }
     }
-    (low, high)
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            low[i] = if low[i + width] < low[i] { low[i + width] } else { low[i] };
+            high[i] = if high[i + width] > high[i] { high[i + width] } else { high[i] };
+        }
+        width /= 2;
+    }
+    (low[0], high[0])
+}
+
+/// [`bounds`], each the first of its kind, which tells 0 from -0.
+#[inline(always)]
+pub(super) fn first_bounds<const N: usize>(x: &[f32; N]) -> (f32, f32) {
+    let mut bounds = bounds(x);
+    for bound in [&mut bounds.0, &mut bounds.1] {
+        if *bound == 0.0
+            && let Some(zero) = x.iter().find(|v| **v == 0.0)
+        {
+            *bound = *zero;
+        }
+    }
+    bounds
+}
+
+/// The first lane with the least value; values are not negative, and NaN is more than any.
+#[inline(always)]
+pub(super) fn least(values: &[f32; LANES]) -> usize {
+    let mut least = u32::MAX;
+    for v in values {
+        least = least.min(v.to_bits());
+    }
+    let mut first = LANES as u32 - 1;
+    for k in 0..LANES {
+        first = first.min(if values[k].to_bits() == least { k as u32 } else { u32::MAX });
+    }
+    first as usize
+}
+
+/// The first lane with the greatest value; values are not negative.
+#[inline(always)]
+pub(super) fn greatest(values: &[f32; LANES]) -> usize {
+    let mut most = 0;
+    for v in values {
+        most = most.max(v.to_bits());
+    }
+    let mut first = LANES as u32 - 1;
+    for k in 0..LANES {
+        first = first.min(if values[k].to_bits() == most { k as u32 } else { u32::MAX });
+    }
+    first as usize
 }
 
 /// How much the error of each weight counts: its column's importance, more for larger weights.
@@ -105,7 +165,7 @@ pub(super) fn llama_scale(half: i32, x: &[f32; 32], w: &[f32; 32]) -> (f32, [i8;
 #[inline(always)]
 pub(super) fn llama_scale_min(levels: i32, x: &[f32; 32], w: &[f32; 32]) -> (f32, f32, [i8; 32]) {
     let levels = levels as f32;
-    let (mut min, max) = bounds(x);
+    let (mut min, max) = first_bounds(x);
     let (mut sum_w, mut sum_x) = (0.0, 0.0);
     for i in 0..32 {
         sum_w += w[i];
@@ -199,7 +259,8 @@ impl Grid for Iq4 {
 /// The scale that loses least of a group, found among 16 first guesses by rounding and fitting in turns.
 #[inline(always)]
 pub(super) fn scale<G: Grid, const N: usize>(x: &[f32; N], w: &[f32; N]) -> f32 {
-    let largest = largest(x);
+    let (low, high) = bounds(x);
+    let largest = if high > -low { high } else { low };
     if largest.abs() < NOTHING {
         return 0.0;
     }
@@ -226,15 +287,13 @@ pub(super) fn scale<G: Grid, const N: usize>(x: &[f32; N], w: &[f32; N]) -> f32 
             inverse[k] = if products[k] != 0.0 { squares[k] / products[k] } else { 0.0 };
         }
     }
-    let (mut scale, mut best) = (largest / G::ENDS.0, 0.0);
+    let mut gain = [0f32; LANES];
     for k in 0..LANES {
         // The square of the weights that this lane explains; the one that explains most has the least error.
-        let gain = products[k] * products[k] / squares[k];
-        if gain > best {
-            (best, scale) = (gain, products[k] / squares[k]);
-        }
+        gain[k] = if squares[k] > 0.0 { products[k] * products[k] / squares[k] } else { 0.0 };
     }
-    scale
+    let best = greatest(&gain);
+    if gain[best] > 0.0 { products[best] / squares[best] } else { largest / G::ENDS.0 }
 }
 
 /// The scale and minimum (as it is taken off, not below 0) that lose least of a group whose codes are `0..=levels`.
@@ -245,11 +304,7 @@ pub(super) fn scale_min<const N: usize>(levels: f32, x: &[f32; N], w: &[f32; N])
     if high <= low {
         return (0.0, -low);
     }
-    let (mut sum_w, mut sum_x) = (0f32, 0f32);
-    for i in 0..N {
-        sum_w += w[i];
-        sum_x += w[i] * x[i];
-    }
+    let (sum_w, sum_x) = (lanes::sum(w), lanes::dot(w, x));
     let mut inverse = [0f32; LANES];
     let mut offset = [0f32; LANES];
     for k in 0..LANES {
@@ -279,20 +334,16 @@ pub(super) fn scale_min<const N: usize>(levels: f32, x: &[f32; N], w: &[f32; N])
             // Minimums above 0 cannot be stored: then the best line goes through 0.
             let (s, m) = if m > 0.0 { (sum_qx[k] / sum_qq[k], 0.0) } else { (s, m) };
             let good = determinant > 0.0 && s > 0.0;
-            gain[k] = if good { s * sum_qx[k] + m * sum_x } else { f32::NEG_INFINITY };
-            if good {
-                (scale[k], min[k]) = (s, m);
-                inverse[k] = 1.0 / s;
-                offset[k] = -m / s;
-            }
+            // Where not every level is used, all codes moved by one are as good but for rounding: a little for the
+            // smaller minimum, which keeps weights that lie on a grid already on the same grid.
+            let explained = (s * sum_qx[k] + m * sum_x) * (1.0 + 4e-6 * m / (high - low));
+            gain[k] = if good && explained > 0.0 { explained } else { 0.0 };
+            scale[k] = if good { s } else { scale[k] };
+            min[k] = if good { m } else { min[k] };
+            inverse[k] = if good { 1.0 / s } else { inverse[k] };
+            offset[k] = if good { -m / s } else { offset[k] };
         }
     }
-    let (mut best, mut found) = (f32::NEG_INFINITY, ((high - low) / levels, -low));
-    for k in 0..LANES {
-        if gain[k] > best {
-            best = gain[k];
-            found = (scale[k], -min[k]);
-        }
-    }
-    found
+    let best = greatest(&gain);
+    if gain[best] > 0.0 { (scale[best], -min[best]) } else { ((high - low) / levels, -low) }
 }
