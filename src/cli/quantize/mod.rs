@@ -205,6 +205,7 @@ fn calibrated(
         gptq: GptqOptions::default(),
     };
     let tokenizer = tokenizer(checkpoint)?;
+    options.check(&tokenizer)?;
     let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
     let fingerprint = Fingerprint::default()
         .with("method", "gptq")
