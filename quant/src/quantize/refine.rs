@@ -29,6 +29,9 @@ pub(super) fn refine(p: &Problem<'_>, hessian: &Hessian, damping: f64, sweeps: u
     s.errors(p, &mut errors);
     let mut panels = Aligned::<f32>::default();
     let units = s.units;
+    let group_fit = p.group_fit();
+    // Whether each group lies within a batch.
+    let neighbours = p.span() <= batch && s.unit_of == Solution::plain_units(p);
     for _ in 0..sweeps {
         for from in (0..cols).step_by(batch) {
             // Panels begin at a multiple of 16; columns before `from` are computed for nothing.
@@ -79,6 +82,13 @@ pub(super) fn refine(p: &Problem<'_>, hessian: &Hessian, damping: f64, sweeps: u
                         for block in from / format.block_len()..to / format.block_len() {
                             row.scale_block(format, block, from, codes, packed, scales, offsets);
                             row.scale_groups(format, block, from, codes, packed, scales, offsets);
+                        }
+                    }
+                    if let (Some(fit), true) = (group_fit, neighbours) {
+                        for at in (0..width).step_by(p.span()) {
+                            let u = unit_of[from + at] as usize;
+                            let codes = &codes[from + at..to.min(from + at + p.span())];
+                            row.scale_group(at, codes, &mut scales[u], offsets[u], fit.half);
                         }
                     }
                     for c in 0..width {
@@ -201,6 +211,29 @@ impl Batch<'_> {
         let width = self.g.len();
         (self.axpy)(step as f32, &ah[..width], self.g);
         (self.axpy)(min_step as f32, &bh[..width], self.g);
+    }
+
+    /// Moves the scale of a group of integer codes, which begins at column `at`, to where the objective is least.
+    fn scale_group(&mut self, at: usize, codes: &[u8], scale: &mut f32, zero: f32, half: bool) {
+        let mut one = [0f32; MOST];
+        let one = &mut one[..codes.len()];
+        for (one, code) in one.iter_mut().zip(codes) {
+            *one = f32::from(*code) - zero;
+        }
+        let image = self.image(at, one);
+        let (curve, slope) = (dot(&image[at..], one), dot(&self.g[at..], one));
+        let best = f64::from(*scale) - slope / curve;
+        let new = if half { half::f16::from_f64(best).to_f32() } else { best as f32 };
+        let step = f64::from(new) - f64::from(*scale);
+        let change = 2.0 * step * slope + step * step * curve;
+        if !new.is_finite() || new <= 0.0 || change.is_nan() || change >= 0.0 {
+            return;
+        }
+        for (e, one) in self.e[at..].iter_mut().zip(one.iter()) {
+            *e += new * one - *scale * one;
+        }
+        *scale = new;
+        (self.axpy)(step as f32, &image[..self.g.len()], self.g);
     }
 
     /// Moves the small integers that scale the groups of a block, and those of their minimums.
