@@ -215,7 +215,7 @@ fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
 }
 
 /// KL(p || q) in nats of the distributions that the logits stand for.
-fn divergence(p: &[f32], q: &[f32]) -> f64 {
+pub fn divergence(p: &[f32], q: &[f32]) -> f64 {
     let (p_sum, q_sum) = (log_sum_exp(p), log_sum_exp(q));
     let term = |(&p, &q): (&f32, &f32)| {
         let log = f64::from(p) - p_sum;

@@ -40,6 +40,11 @@ pub enum Progress {
 }
 
 impl Options<'_> {
+    /// Fails if the text is too short, before anything is begun.
+    pub fn check(&self, tokenizer: &Tokenizer) -> Result<()> {
+        self.text.map_or(Ok(()), |(text, name)| text::sequences(tokenizer, text, name, text::LENGTH).map(drop))
+    }
+
     /// `fingerprint` with what decides the result here.
     pub fn fingerprint(&self, fingerprint: Fingerprint) -> Fingerprint {
         let text = self.text.map_or(text::BUILT_IN, |(text, _)| text);

@@ -6,4 +6,5 @@ pub mod compare;
 pub mod gptq;
 pub mod imatrix;
 pub mod layers;
+pub mod sensitivity;
 pub mod text;

@@ -3,6 +3,9 @@
 use super::options::read_text;
 use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, size};
 use crate::calibrate::gptq;
+use crate::calibrate::sensitivity::measure;
+use crate::calibrate::text::{self, BUILT_IN};
+use crate::quantize::allocate::fit;
 use crate::quantize::memory::{parse_size, total};
 use crate::quantize::name::Naming;
 use crate::quantize::output;
@@ -14,6 +17,7 @@ use crate::store::Store;
 use anyhow::{Context, Result};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::checkpoint::imatrix::Imatrix;
+use rushlight_models::model::Model;
 use rushlight_models::tokenizer::Tokenizer;
 use rushlight_quant::formats::Format;
 use rushlight_quant::physical_cores;
@@ -44,6 +48,13 @@ pub struct Args {
     /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes
     #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
     target: Option<Target>,
+    /// Choose a format for each matrix, so that the least is lost with this many bits per weight; --type counts for the
+    /// embedding only. Which matrices matter is measured
+    #[arg(long, value_name = "BITS", conflicts_with = "size", value_parser = bits)]
+    bpw: Option<f64>,
+    /// The same, for a file of at most this size, such as 3.5GB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
     /// How codes are chosen. rtn: to the nearest. gptq: layer by layer so that outputs change least on a calibration
     /// text, which takes far longer and loses far less
     #[arg(long, value_enum, default_value_t = Method::Rtn)]
@@ -139,8 +150,18 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         pure: args.pure,
     };
     let target = args.target.unwrap_or_else(|| Target::natural(&checkpoint));
-    let plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
+    let mut plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
+    let stop = interrupt::flag(true);
+    let budget = match (args.bpw, args.size) {
+        (Some(bits), _) => Some((bits * parameters as f64 / 8.0) as u64),
+        (None, Some(size)) => Some(size.saturating_sub(plan.description_bytes())),
+        (None, None) => None,
+    };
+    if let Some(budget) = budget {
+        let chosen = choose_formats(args, global, &mut plan, &checkpoint, budget, &stop);
+        chosen.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
+    }
     let naming = Naming::of(&plan.metadata, &source, parameters);
     let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, target.name, &store)?;
     if !args.dry_run {
@@ -164,12 +185,50 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             }
         }
         let threads = args.threads.map_or_else(physical_cores, NonZeroUsize::get);
-        let stop = interrupt::flag(true);
         let result = make(args, global, &plan, &checkpoint, &summary, memory, threads, &stop);
         result.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
         summary.seconds = Some(started.elapsed().as_secs_f64());
     }
     if args.json { print_json(&summary) } else { print(&summary) }
+}
+
+/// `4.25`, of bits per weight.
+fn bits(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|n| (1.0..=16.0).contains(n));
+    number.ok_or_else(|| format!("'{}' is not a number of bits from 1 to 16", text.escape_debug()))
+}
+
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+    Ok(match checkpoint.metadata() {
+        Some(metadata) => Tokenizer::from_gguf(metadata, checkpoint.path())?,
+        None => Tokenizer::from_dir(checkpoint.path())?,
+    })
+}
+
+/// Has `plan` give each matrix the format that loses least within `budget` bytes.
+fn choose_formats(
+    args: &Args,
+    global: &Global,
+    plan: &mut Plan,
+    checkpoint: &Checkpoint,
+    budget: u64,
+    stop: &AtomicBool,
+) -> Result<()> {
+    /// Tokens that the measurement reads: it goes over them about a hundred times.
+    const TOKENS: usize = 256;
+    let model = Model::load(checkpoint)?;
+    let built_in = || Ok::<_, anyhow::Error>((BUILT_IN.to_owned(), "the built-in text".to_owned()));
+    let (text, name) =
+        args.calib.as_deref().map_or_else(built_in, |path| Ok((read_text(path)?, path.display().to_string())))?;
+    let all = text::sequences(&tokenizer(checkpoint)?, &text, &name, (TOKENS / 4).min(text::length(&model)))?;
+    let some: Vec<Vec<u32>> = (0..4).map(|i| all[(2 * i + 1) * all.len() / 8].clone()).collect();
+    let mut progress = None;
+    let threads = args.threads.map(NonZeroUsize::get);
+    let sensitivity = measure(model.clone(), threads, &some, stop, &mut |done, of| {
+        let bar = progress.get_or_insert_with(|| Progress::count(global.quiet, "measuring", of as u64));
+        bar.at(done as u64, "");
+    })?;
+    fit(plan, &model, &sensitivity, budget, &|name| args.keep.iter().any(|keep| keep.pattern.is_match(name)))
 }
 
 /// Writes the file; with GPTQ, what is finished lies beside it until then.
@@ -213,10 +272,8 @@ fn calibrated(
         stop,
         gptq: GptqOptions::default(),
     };
-    let tokenizer = match checkpoint.metadata() {
-        Some(metadata) => Tokenizer::from_gguf(metadata, checkpoint.path())?,
-        None => Tokenizer::from_dir(checkpoint.path())?,
-    };
+    let tokenizer = tokenizer(checkpoint)?;
+    options.check(&tokenizer)?;
     let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
     let fingerprint = Fingerprint::default()
         .with("method", "gptq")

@@ -1,5 +1,6 @@
 //! Quantizing: from any checkpoint to a smaller GGUF file.
 
+pub mod allocate;
 pub mod memory;
 pub mod mix;
 pub mod name;

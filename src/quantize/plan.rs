@@ -125,6 +125,18 @@ impl Plan {
         Ok(Plan { target, metadata, tensors, notes })
     }
 
+    /// Bytes of what describes the tensors, nearly: names, metadata, padding.
+    pub fn description_bytes(&self) -> u64 {
+        let value = |value: &Value| match value {
+            Value::Array(array) => array.data.len(),
+            Value::String(text) => text.len(),
+            _ => 8,
+        };
+        let entries = self.metadata.0.iter().map(|(key, v)| key.len() + value(v) + 24).sum::<usize>();
+        let tensors = self.tensors.iter().map(|t| t.source.name.len() + 96).sum::<usize>();
+        (entries + tensors + 256) as u64
+    }
+
     /// Bytes of all tensors as written, and as in the source.
     pub fn bytes(&self) -> (u64, u64) {
         self.tensors.iter().map(Planned::bytes).fold((0, 0), |(a, b), (c, d)| (a + c, b + d))

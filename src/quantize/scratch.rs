@@ -132,15 +132,16 @@ impl Scratch {
             }
         }
         let scratch = Scratch { dir, resumed: known.is_some(), _lock: lock };
-        for part in ["tensors", "state"] {
-            let part = scratch.dir.join(part);
-            std::fs::create_dir_all(&part).with_context(|| part.display().to_string())?;
-            sweep(&part)?;
-        }
+        // The fingerprint first: by it the next run knows the folder, whenever this one is killed.
         if !scratch.resumed {
             let mut out = AtomicFile::create(&file)?;
             serde_json::to_writer_pretty(&mut out, &fingerprint.0).map_err(std::io::Error::from)?;
             out.commit()?;
+        }
+        for part in ["tensors", "state"] {
+            let part = scratch.dir.join(part);
+            std::fs::create_dir_all(&part).with_context(|| part.display().to_string())?;
+            sweep(&part)?;
         }
         Ok(scratch)
     }
