@@ -277,34 +277,33 @@ fn rows_that_do_not_divide_fall_back_and_say_so() {
 #[test]
 fn weights_that_are_not_numbers_are_named() {
     let place = Place::new();
-    let (source, out) = (place.path("m.gguf"), place.path("out.gguf"));
+    let (source, wide, out) = (place.path("m.gguf"), place.path("wide.gguf"), place.path("out.gguf"));
+    model(&source);
+    place.ok(&[&source, "-o", &wide, "--type", "F32"]);
+    let whole = std::fs::read(&wide).unwrap();
+    let damage = |value: f32| {
+        // The last tensor is blk.1.ffn_down.weight: 256 rows of 512.
+        let mut bytes = whole.clone();
+        let at = bytes.len() - 4 * ((HIDDEN - 3) * FFN - 17);
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        std::fs::write(&wide, bytes).unwrap();
+    };
     for (value, word) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
-        model_of(&source, &shapes(), &|name, weights| {
-            if name == "blk.1.attn_k.weight" {
-                weights[3 * HIDDEN + 17] = value;
-            }
-        });
-        for kind in ["Q4_K_M", "F16"] {
-            let error = place.error(1, &[&source, "-o", &out, "--type", kind]);
-            let what = format!("tensor 'blk.1.attn_k.weight' has {word} at row 3, column 17 (weight 785)");
-            assert!(error.contains(&what), "{error}");
-            assert_eq!(place.files(), ["m.gguf"], "nothing is left");
+        damage(value);
+        for kind in ["Q4_K_M", "F16", "F32"] {
+            let error = place.error(1, &[&wide, "-o", &out, "--type", kind]);
+            let what = format!("tensor 'blk.1.ffn_down.weight' has {word} at row 3, column 17 (weight 1553)");
+            assert!(error.contains(&what) && error.contains("wide.gguf"), "{error}");
+            assert_eq!(place.files(), ["m.gguf", "wide.gguf"], "nothing is left");
         }
     }
     // Numbers that a format cannot hold are no less wrong.
-    let wide = place.path("wide.gguf");
-    model(&source);
-    place.ok(&[&source, "-o", &wide, "--type", "F32"]);
-    let mut bytes = std::fs::read(&wide).unwrap();
-    let at = bytes.len() - 4 * HIDDEN;
-    bytes[at..at + 4].copy_from_slice(&3e9f32.to_le_bytes());
-    std::fs::write(&wide, bytes).unwrap();
-    for kind in ["F16", "Q8_0"] {
-        let error = place.error(1, &[&wide, "-o", &out, "--type", kind]);
-        assert!(
-            error.contains("'blk.1.ffn_down.weight' has the weight 3e9 in row 255") && error.contains(kind),
-            "{error}"
-        );
+    damage(-3e9);
+    for kind in ["F16", "Q8_0", "Q4_K_S", "Q2_K"] {
+        let error = place.error(1, &[&wide, "-o", &out, "--type", kind, "--pure"]);
+        let what =
+            format!("'blk.1.ffn_down.weight' has the weight -3e9 in row 3, which {}", kind.trim_end_matches("_S"));
+        assert!(error.contains(&what), "{error}");
     }
     place.ok(&[&wide, "-o", &out, "--type", "BF16"]);
 }

@@ -2,6 +2,7 @@
 
 pub mod allocate;
 pub mod memory;
+pub mod mix;
 pub mod name;
 pub mod output;
 pub mod plan;

@@ -28,7 +28,7 @@ impl Naming {
         // Without anything better, the file's own name is the model's.
         let base = text("general.basename")
             .or_else(|| from_file?.base_name.clone())
-            .or_else(|| text("general.name"))
+            .or_else(|| text("general.name").map(|name| without_type(&name)))
             .or_else(|| Some(without_type(&stem)).filter(|s| !s.is_empty()))
             .unwrap_or_else(|| "model".into());
         let size = metadata.str("general.size_label").map(size_label).filter(|label| !label.is_empty());

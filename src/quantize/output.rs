@@ -23,7 +23,6 @@ pub fn choose(
         if !folder && !asked.is_dir() {
             return Ok(asked.to_path_buf());
         }
-        std::fs::create_dir_all(asked).with_context(|| asked.display().to_string())?;
         return Ok(asked.join(naming.file(encoding)));
     }
     if store.find(model).is_some_and(|entry| entry.path == source) {

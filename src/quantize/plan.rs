@@ -1,6 +1,7 @@
 //! What will be written: for each tensor its format and the importance of its columns.
 
-use super::types::{Chosen, Target, Traits, Wishes, choose};
+use super::mix::{Chosen, Traits, choose};
+use super::types::{Target, Wishes};
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, TensorInfo, Value, gguf};

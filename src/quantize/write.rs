@@ -294,12 +294,13 @@ impl Line<'_> {
             }
             let row_bytes = tensor.format.row_bytes(cols).with_context(|| format!("'{name}' has no whole blocks"))?;
             bytes.resize(row_bytes * piece.rows.len(), 0);
-            let same = tensor.format == tensor.source.format && tensor.format.is_float();
-            if same {
+            let kept = if tensor.format == tensor.source.format && tensor.format.is_float() {
                 bytes.copy_from_slice(&source);
-            }
-            if !same && !(tensor.is_exact() && exact::convert(tensor.source.format, tensor.format, &source, &mut bytes))
-            {
+                true
+            } else {
+                tensor.is_exact() && exact::convert(tensor.source.format, tensor.format, &source, &mut bytes)
+            };
+            if !kept {
                 let matrix = piece.rows.start / tensor.rows_of_matrix();
                 let importance = tensor.importance.as_ref().map(|all| &all[matrix * cols..(matrix + 1) * cols]);
                 encode(tensor.format, weights, cols, importance, &mut bytes);
@@ -358,7 +359,7 @@ fn check_range(tensor: &Planned, piece: &Piece, weights: &[f32], bytes: &[u8]) -
     let mut decoded = vec![0.0; weights.len()];
     tensor.format.decode(bytes, &mut decoded);
     // Coarse formats round by much, but never the greatest weight of a block by half.
-    let far = |(w, d): (&f32, &f32)| size(*w) == greatest && !(size(*d) > greatest / 2.0);
+    let far = |(w, d): (&f32, &f32)| size(*w) == greatest && (d.is_nan() || size(*d) <= greatest / 2.0);
     if let Some(at) = weights.iter().zip(&decoded).position(far) {
         let (name, format, row) = (&tensor.source.name, tensor.format, piece.rows.start + at / tensor.cols());
         bail!(

@@ -18,7 +18,7 @@ use crate::quantize::scratch::{Fingerprint, Scratch};
 use crate::quantize::types::{Keep, Target, Wishes, parse_format};
 use crate::quantize::write::{Options, Stopped, write};
 use crate::store::Store;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::tokenizer::Tokenizer;
@@ -132,7 +132,15 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
     let naming = Naming::of(&plan.metadata, &source, parameters);
     let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, target.name, &store)?;
-    output::check(&path, &checkpoint)?;
+    if !args.dry_run {
+        // A folder that was asked for, and a name in it chosen here.
+        if let (Some(asked), Some(folder)) = (&args.output, path.parent())
+            && *asked != path
+        {
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        }
+        output::check(&path, &checkpoint)?;
+    }
     let report_text = args.report_text.as_deref().map(read_text).transpose()?;
     let stop = interrupt::flag(true);
     let memory = args.memory.unwrap_or_else(|| total() / 2);

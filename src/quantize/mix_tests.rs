@@ -101,16 +101,3 @@ fn an_imatrix_changes_what_the_first_layers_get() {
         assert_eq!(formats(target, &Wishes::default(), true)(first), Some(with), "{target}");
     }
 }
-
-#[test]
-fn names() {
-    assert_eq!(Target::parse("q3_k").unwrap().name, "Q3_K_M");
-    assert_eq!(Target::parse("Q4_k_s").unwrap().file_type, 14);
-    assert!(Target::parse("Q9\n").unwrap_err().contains("'Q9\\n'; the types are F32 F16"));
-    assert!(parse_format("Q4_K_M").unwrap_err().contains("the formats are"));
-    assert!(Keep::parse("a(=F16").unwrap_err().contains("regular expression"));
-    assert!(Keep::parse("F16").unwrap_err().contains("PATTERN=FORMAT"));
-    for target in Target::ALL {
-        assert_eq!(Target::parse(target.name), Ok(target));
-    }
-}
