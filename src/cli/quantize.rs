@@ -45,7 +45,8 @@ pub struct Args {
     #[arg(short, long, value_name = "OUT")]
     output: Option<PathBuf>,
     /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS MXFP4_MOE Q3_K_L Q3_K_M
-    /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes
+    /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes,
+    /// with embedding and output matrix in Q8_0
     #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
     target: Option<Target>,
     /// Choose a format for each matrix, so that the least is lost with this many bits per weight; --type counts for the
@@ -143,25 +144,18 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let imatrix =
         args.imatrix.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Imatrix::read(path)?))).transpose()?;
     let given = imatrix.as_ref().map(|(path, imatrix)| GivenImatrix { path, imatrix });
+    let natural = Target::natural(&checkpoint);
+    let target = args.target.unwrap_or(natural.unwrap_or(Target::DEFAULT));
+    // A type that was chosen to change nothing should not spoil what the other tool has left in floats either.
+    let fine = (args.target.is_none() && natural.is_some()).then_some(Format::Q8_0);
     let wishes = Wishes {
         keep: args.keep.clone(),
-        output: args.output_type,
-        embedding: args.token_embedding_type,
+        output: args.output_type.or(fine),
+        embedding: args.token_embedding_type.or(fine),
         pure: args.pure,
     };
-    let target = args.target.unwrap_or_else(|| Target::natural(&checkpoint));
     let mut plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
-    let stop = interrupt::flag(true);
-    let budget = match (args.bpw, args.size) {
-        (Some(bits), _) => Some((bits * parameters as f64 / 8.0) as u64),
-        (None, Some(size)) => Some(size.saturating_sub(plan.description_bytes())),
-        (None, None) => None,
-    };
-    if let Some(budget) = budget {
-        let chosen = choose_formats(args, global, &mut plan, &checkpoint, budget, &stop);
-        chosen.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
-    }
     let naming = Naming::of(&plan.metadata, &source, parameters);
     let path = output::choose(args.output.as_deref(), &args.model, &source, &naming, target.name, &store)?;
     if !args.dry_run {
@@ -176,6 +170,16 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let memory = args.memory.unwrap_or_else(|| total() / 2);
     if memory < 32 << 20 {
         return Err(Usage(format!("--memory {}: at least 32 MB are needed", size(memory))).into());
+    }
+    let stop = interrupt::flag(true);
+    let budget = match (args.bpw, args.size) {
+        (Some(bits), _) => Some((bits * parameters as f64 / 8.0) as u64),
+        (None, Some(size)) => Some(size.saturating_sub(plan.description_bytes())),
+        (None, None) => None,
+    };
+    if let Some(budget) = budget {
+        let chosen = choose_formats(args, global, &mut plan, &checkpoint, budget, &stop);
+        chosen.map_err(|e| if e.is::<Stopped>() { Interrupted.into() } else { e })?;
     }
     let mut summary = summarize(&plan, path, parameters, args.dry_run);
     if !args.dry_run {
