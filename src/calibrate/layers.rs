@@ -219,7 +219,7 @@ impl Run<'_> {
         let (mut at, mut ended) = (0, false);
         for chunk in chunks {
             let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
-            let x = self.load(backend, &input, &mut at, ids.len())?;
+            let x = self.load(backend, input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
             let mut capture = Capture::layerwise(backend, observer);

@@ -224,7 +224,7 @@ fn parse_dat(file: &[u8], path: &Path) -> Result<Imatrix> {
         if len == 0 {
             return Err(Error::file(path, format!("'{name}' has no values: the importance matrix is damaged")));
         }
-        let data = reader.take(len.checked_mul(4).unwrap_or(usize::MAX))?;
+        let data = reader.take(len.saturating_mul(4))?;
         let sums = data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         if imatrix.entries.insert(name.clone(), Entry { sums, counts: vec![calls] }).is_some() {
             return Err(Error::file(path, format!("'{name}' comes twice: the importance matrix is damaged")));
