@@ -496,6 +496,45 @@ fn a_directory_becomes_a_file_that_can_chat() {
 }
 
 #[test]
+fn codes_of_other_tools_are_kept() {
+    let place = Place::new();
+    for (name, kind, allowed) in [
+        ("gptq_b4_g32_sym", "Q4_0", 2e-4),
+        ("gptq_b8_g32_sym", "Q8_0", 2e-4),
+        // The minimum is rounded to f16.
+        ("gptq_v2_b4_g32_asym", "Q4_1", 1e-2),
+        ("awq_gemm_b4_g32", "Q4_1", 1e-2),
+    ] {
+        let Some(dir) = shared(&format!("fixtures/gptq_ckpt_tiny/{name}")) else { return };
+        let (dir, out) = (dir.to_str().unwrap(), place.path("out.gguf"));
+        let (said, notes) = place.ok(&[dir, "-o", &out]);
+        assert_eq!(said["type"], kind, "{name}");
+        assert!(notes.contains("14 tensors are quantized already and keep their codes"), "{name}: {notes}");
+        // With nothing else rounded, the model says the same.
+        place.ok(&[dir, "-o", &out, "--output-type", "F32", "--token-embedding-type", "F32"]);
+        let logits = |model: &str| -> Vec<f64> {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_rushlight"));
+            let output = command.args(["logits", model, "--ids", "1,2,3", "--json"]).output().unwrap();
+            let said: Json = serde_json::from_slice(&output.stdout).unwrap();
+            said["positions"][0]["logits"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+        };
+        let far = logits(dir).iter().zip(logits(&out)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(far <= allowed, "{name}: {far}");
+    }
+    // In act-order the blocks' columns lie apart: such layers are rounded anew, with their columns back in order.
+    let Some(dir) = shared("fixtures/gptq_ckpt_tiny/gptq_b4_g32_sym_act") else { return };
+    let out = place.path("out.gguf");
+    let (said, notes) = place.ok(&[dir.to_str().unwrap(), "-o", &out, "-t", "F32"]);
+    assert_eq!((said["type"].as_str(), notes.contains("codes")), (Some("F32"), false), "{notes}");
+    let (own, converted) =
+        (weights(dir.to_str().unwrap(), "model.layers.0.mlp.up_proj.weight"), weights(&out, "blk.0.ffn_up.weight"));
+    let order = Checkpoint::open(&dir).unwrap().column_order("model.layers.0.mlp.up_proj.weight").unwrap();
+    for (own, converted) in own.chunks(order.len()).zip(converted.chunks(order.len())) {
+        assert!(own.iter().zip(&*order).all(|(w, &at)| *w == converted[at as usize]));
+    }
+}
+
+#[test]
 fn a_real_model_tells_the_same_story() {
     let Some(dir) = shared("models/stories260K-hf") else { return };
     let place = Place::new();

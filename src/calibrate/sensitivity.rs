@@ -61,10 +61,12 @@ pub struct Sensitivity {
 }
 
 /// Measures each tensor of `plan`, in its order. `free` says which may get another format than the plan has for it.
-/// `progress` hears how many measurements are done and how many there are.
+/// `text` and its name take the place of the built-in one and of what the model writes. `progress` hears how many
+/// measurements are done and how many there are.
 pub fn measure(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
+    text: Option<(&str, &str)>,
     plan: &Plan,
     free: &dyn Fn(&Planned) -> bool,
     threads: Option<usize>,
@@ -72,7 +74,7 @@ pub fn measure(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Sensitivity>> {
     let model = Model::load(checkpoint)?;
-    let mut probe = Probe::new(model, tokenizer, threads)?;
+    let mut probe = Probe::new(model, tokenizer, text, threads)?;
     let ids = probe.ids();
     let mut all = Vec::with_capacity(plan.tensors.len());
     let total = plan.tensors.iter().filter(|t| free(t)).count();
@@ -110,12 +112,16 @@ struct Probe {
 }
 
 impl Probe {
-    fn new(model: Model, tokenizer: &Tokenizer, threads: Option<usize>) -> Result<Probe> {
+    fn new(model: Model, tokenizer: &Tokenizer, text: Option<(&str, &str)>, threads: Option<usize>) -> Result<Probe> {
         let length = LENGTH.min(model.spec.context_length);
         let long = text::length(&model);
-        let theirs = text::sequences(tokenizer, text::BUILT_IN, "the built-in text", long)?;
+        let (read, name) = text.unwrap_or((text::BUILT_IN, "the built-in text"));
+        let theirs = text::sequences(tokenizer, read, name, long)?;
         let own = Own { lanes: SEQUENCES / 2, steps: length, seed: 2 };
-        let mut sequences = text::own(&model, tokenizer, threads, own, &mut |_| {})?;
+        let mut sequences = match text {
+            Some(_) => Vec::new(),
+            None => text::own(&model, tokenizer, threads, own, &mut |_| {})?,
+        };
         sequences.sort_by_key(|s| std::cmp::Reverse(s.len()));
         sequences.truncate(SEQUENCES / 2);
         let missing = SEQUENCES - sequences.len();

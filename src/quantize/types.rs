@@ -45,12 +45,17 @@ impl Target {
         target("Q2_K_S", Format::Q2_K, 21),
     ];
 
-    /// The target for a checkpoint for which none was asked: the one that keeps the codes of an integer grid that another
-    /// tool has chosen (GPTQ, AWQ, LLM.int8), where that is what most weights are; `Q4_K_M` for all others.
-    pub fn natural(checkpoint: &Checkpoint) -> Target {
+    /// The target where nothing else is known.
+    pub const DEFAULT: Target = target("Q4_K_M", Format::Q4_K, 15);
+
+    /// The target that keeps the codes of an integer grid that another tool has chosen (GPTQ, AWQ, LLM.int8), where that
+    /// is what most weights of a checkpoint are.
+    pub fn natural(checkpoint: &Checkpoint) -> Option<Target> {
         let (mut all, mut kept) = (0, [("Q4_0", 0), ("Q4_1", 0), ("Q8_0", 0)]);
         for info in checkpoint.tensors() {
-            let elements = info.elements().unwrap_or(0);
+            // What looks words up or scores them says nothing of how the rest was made.
+            let words = info.name.contains("embed") || info.name.contains("lm_head");
+            let elements = if words { 0 } else { info.elements().unwrap_or(0) };
             all += elements;
             let own = match info.format {
                 Format::Q4_0 => 0,
@@ -62,9 +67,8 @@ impl Target {
                 kept[own].1 += elements;
             }
         }
-        let (name, most) = kept.into_iter().max_by_key(|(_, n)| *n).unwrap_or(("", 0));
-        let name = if most > all / 2 { name } else { "Q4_K_M" };
-        Target::ALL.into_iter().find(|t| t.name == name).unwrap_or(Target::ALL[0])
+        let (name, most) = kept.into_iter().max_by_key(|(_, n)| *n)?;
+        Target::ALL.into_iter().find(|t| t.name == name).filter(|_| most > all / 2)
     }
 
     /// No mix with a name: each tensor's format is chosen by what it costs.

@@ -18,7 +18,7 @@ use crate::quantize::scratch::{Fingerprint, Scratch};
 use crate::quantize::types::{Keep, Target, Wishes, parse_format};
 use crate::quantize::write::{Options, Stopped, write};
 use crate::store::Store;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::tokenizer::Tokenizer;
@@ -47,7 +47,8 @@ pub struct Args {
     #[arg(short, long, value_name = "OUT")]
     output: Option<PathBuf>,
     /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS MXFP4_MOE Q3_K_L Q3_K_M
-    /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes
+    /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes,
+    /// with embedding and output matrix in Q8_0
     #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
     target: Option<Target>,
     /// Choose a format for each tensor, so that the file takes at most SIZE, such as 3.5GB, and loses the least: what the
@@ -61,7 +62,7 @@ pub struct Args {
     /// text, which takes far longer and loses far less
     #[arg(long, value_enum, default_value_t = Method::Rtn)]
     method: Method,
-    /// The text that GPTQ calibrates on, instead of the built-in one with texts that the model writes itself
+    /// The text that GPTQ, --size and --bpw calibrate on, instead of the built-in one with texts that the model writes itself
     #[arg(long, value_name = "FILE")]
     calib: Option<PathBuf>,
     /// How important each column is: a file of `rushlight imatrix` or llama.cpp's llama-imatrix (GGUF or .dat)
@@ -116,17 +117,17 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let imatrix =
         args.imatrix.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Imatrix::read(path)?))).transpose()?;
     let given = imatrix.as_ref().map(|(path, imatrix)| GivenImatrix { path, imatrix });
+    let fitting = args.size.is_some() || args.bpw.is_some();
+    let natural = if fitting { None } else { Target::natural(&checkpoint) };
+    let default = if fitting { Target::MIX } else { Target::DEFAULT };
+    let target = args.target.or(natural).unwrap_or(default);
+    // A type that was chosen to change nothing should not spoil what the other tool has left in floats either.
+    let fine = (args.target.is_none() && natural.is_some()).then_some(Format::Q8_0);
     let wishes = Wishes {
         keep: args.keep.clone(),
-        output: args.output_type,
-        embedding: args.token_embedding_type,
+        output: args.output_type.or(fine),
+        embedding: args.token_embedding_type.or(fine),
         pure: args.pure,
-    };
-    let fitting = args.size.is_some() || args.bpw.is_some();
-    let target = match args.target {
-        Some(target) => target,
-        None if fitting => Target::MIX,
-        None => Target::natural(&checkpoint),
     };
     let mut plan = Plan::new(&checkpoint, target, &wishes, given.as_ref())?;
     let parameters = plan.tensors.iter().map(|t| t.elements() as u64).sum();
@@ -277,21 +278,35 @@ fn fitted(
         _ => false,
     };
     let free = |t: &Planned| t.source.shape.len() == 2 && !t.format.is_float() && !own(t);
+    let text = args.calib.as_deref().map(|path| Ok::<_, anyhow::Error>((read_text(path)?, path))).transpose()?;
+    let text = text.as_ref().map(|(text, path)| (text.as_str(), path.display().to_string()));
+    let text = text.as_ref().map(|(text, name)| (*text, name.as_str()));
     let mut bar = None;
     let threads = args.threads.map(NonZeroUsize::get);
-    let measured =
-        sensitivity::measure(checkpoint, &tokenizer(checkpoint)?, plan, &free, threads, stop, &mut |done, of| {
+    let measured = sensitivity::measure(
+        checkpoint,
+        &tokenizer(checkpoint)?,
+        text,
+        plan,
+        &free,
+        threads,
+        stop,
+        &mut |done, of| {
             bar.get_or_insert_with(|| Progress::count(global.quiet, "measuring tensors", of as u64))
                 .at(done as u64, "");
-        })?;
+        },
+    )?;
     drop(bar);
     let choices: Vec<_> = measured.iter().map(|m| m.choices.clone()).collect();
     let loss = fit(plan, &choices, budget).map_err(|least| match args.size {
         Some(wanted) => {
             let least = least + plan.overhead();
-            Usage(format!("--size {}: the smallest possible is {}", size(wanted), size(least)))
+            anyhow!("--size {}: it does not fit, {} is the smallest possible", size(wanted), size(least))
         }
-        None => Usage(format!("--bpw: the smallest possible is {:.2}", least as f64 * 8.0 / parameters as f64)),
+        None => {
+            let least = least as f64 * 8.0 / parameters as f64;
+            anyhow!("--bpw: it does not fit, {least:.2} is the smallest possible")
+        }
     })?;
     if args.imatrix.is_none() {
         for (tensor, measured) in plan.tensors.iter_mut().zip(measured) {
