@@ -49,7 +49,7 @@ pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
         }
     }
     model.embedding.replacement = None;
-    model.prefix = prefix;
+    model.prefix = prefix.or_else(|| model.own_prefix.clone());
     for linear in model.linears_mut() {
         linear.adapters.clear();
         linear.replacement = None;
@@ -174,14 +174,7 @@ fn read_prefix(config: &Config<'_>, path: &Path, tensors: &[Tensor], model: &Mod
         )
     })?;
     let order = Reorder::of(model, Naming::HuggingFace).rows(Role::K, width, spec.head_dim);
-    let order = order.unwrap_or_else(|| (0..width).collect());
-    let rows = |at: usize| (0..len).map(move |token| token * columns + at * width);
-    let layer = |i: usize| {
-        let keys = rows(2 * i).flat_map(|row| order.iter().map(move |&c| row + c)).map(|at| values[at]).collect();
-        let values = rows(2 * i + 1).flat_map(|row| values[row..][..width].iter().copied()).collect();
-        (keys, values)
-    };
-    Ok(Prefix { len, layers: (0..layers).map(layer).collect() })
+    Ok(Prefix::new(len, true, spec, &values, order.as_deref()))
 }
 
 /// What adapter_config.json says about scales.

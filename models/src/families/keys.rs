@@ -1,9 +1,9 @@
 //! GGUF metadata as families read it. Names are those of the GGUF specification, under the architecture's prefix.
 
-use super::config::{MOST_LAYERS, yarn_attention};
+use super::config::{LAYER_NORM, MOST_LAYERS, yarn_attention};
 use super::{Basics, GGUF_NAMES, Role};
 use crate::checkpoint::{Checkpoint, Metadata, Value};
-use crate::spec::{Mlp, ModelSpec, Norm, NormKind, Rope, RopeScaling};
+use crate::spec::{Biases, Experts, Mlp, ModelSpec, Norm, NormKind, Rope, RopeScaling};
 use crate::{Error, Result};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
@@ -32,8 +32,58 @@ impl<'a> Keys<'a> {
 
     /// Whether layer 0 (or the model) has a bias for `role`: GGUF says so by the tensor alone.
     pub fn has_bias(&self, role: Role) -> bool {
+        self.has_part(role, "bias")
+    }
+
+    /// Whether layer 0 (or the model) has a weight for `role`.
+    pub fn has(&self, role: Role) -> bool {
+        self.has_part(role, "weight")
+    }
+
+    fn has_part(&self, role: Role, part: &str) -> bool {
         let name = GGUF_NAMES.iter().find(|(r, _)| *r == role).map(|(_, name)| name.replacen("{}", "0", 1));
-        name.is_some_and(|name| self.has_tensor(&format!("{name}.bias")))
+        name.is_some_and(|name| self.has_tensor(&format!("{name}.{part}")))
+    }
+
+    /// The biases that are there.
+    pub fn biases(&self) -> Biases {
+        Biases {
+            qkv: self.has_bias(Role::Q) || self.has_bias(Role::Qkv),
+            output: self.has_bias(Role::O),
+            up: self.has_bias(Role::Up),
+            down: self.has_bias(Role::Down),
+            head: self.has_bias(Role::Head),
+        }
+    }
+
+    /// Makes every MLP one without a gate, with the tanh form of GELU between.
+    pub fn ungated(&self, spec: &mut ModelSpec) {
+        for mlp in spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()) {
+            (mlp.activation, mlp.gated) = (Activation::GeluTanh, false);
+        }
+    }
+
+    /// Puts experts into the layers that have them, beside a shared MLP of `shared` rows; `change` says what is special
+    /// about them.
+    pub fn mix(
+        &self,
+        spec: &mut ModelSpec,
+        change: impl Fn(usize, Experts) -> Experts,
+        shared: Option<usize>,
+    ) -> Result<()> {
+        let (count, used) = (self.usize("expert_count")?, self.usize("expert_used_count")?);
+        let width = match self.usize_opt("expert_feed_forward_length")? {
+            Some(width) => width,
+            None => self.usize("feed_forward_length")?,
+        };
+        for (i, layer) in spec.layers.iter_mut().enumerate() {
+            let Some(mlp) = layer.mlp.clone() else { continue };
+            if self.has_tensor(&format!("blk.{i}.ffn_gate_inp.weight")) {
+                layer.mlp = shared.map(|width| Mlp { width, ..mlp.clone() });
+                layer.experts = Some(change(i, Experts::new(count, used, Mlp { width, ..mlp })));
+            }
+        }
+        Ok(())
     }
 
     fn key(&self, name: &str) -> String {
@@ -84,6 +134,14 @@ impl<'a> Keys<'a> {
     /// A number.
     pub fn f32(&self, name: &str) -> Result<f32> {
         self.f32_opt(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    /// A switch that may be absent.
+    pub fn bool_opt(&self, name: &str) -> Result<Option<bool>> {
+        self.convert(name, "true or false", |key| match self.metadata.get(key) {
+            Some(Value::Bool(b)) => Some(*b),
+            _ => None,
+        })
     }
 
     /// A string that may be absent.
@@ -145,7 +203,7 @@ impl<'a> Keys<'a> {
                 )));
             }
         };
-        Ok(Rope { theta, dim, layout, scaling })
+        Ok(Rope { theta, dim, first: 0, layout, scaling })
     }
 
     /// What llama and most families after it have in common; what they differ in is changed by their own file.
@@ -164,9 +222,6 @@ impl<'a> Keys<'a> {
                 self.architecture
             )));
         }
-        if self.usize_opt("expert_count")?.unwrap_or(0) > 0 {
-            return Err(self.error("mixtures of experts are not supported yet"));
-        }
         let layers = self.usize("block_count")?;
         if layers > MOST_LAYERS {
             return Err(self.error(format!("block_count is {layers}; more than {MOST_LAYERS} are not believed")));
@@ -177,7 +232,10 @@ impl<'a> Keys<'a> {
         })?;
         let vocab_size = self.usize_opt("vocab_size")?.unwrap_or(rows);
         let context_length = self.usize("context_length")?;
-        let eps = self.f32("attention.layer_norm_rms_epsilon")?;
+        let (kind, eps) = match self.f32_opt("attention.layer_norm_epsilon")? {
+            Some(eps) => (LAYER_NORM, eps),
+            None => (NormKind::Rms, self.f32("attention.layer_norm_rms_epsilon")?),
+        };
         let width = self.usize("feed_forward_length")?;
         Ok(Basics {
             family,
@@ -189,7 +247,7 @@ impl<'a> Keys<'a> {
             head_dim,
             layers,
             mlp: Mlp { width, activation: Activation::Silu, gated: true },
-            norm: Norm { kind: NormKind::Rms, eps, weight_offset: 0.0 },
+            norm: Norm { kind, eps, weight_offset: 0.0 },
             rope: self.rope(head_dim, context_length, layout)?,
             tied_head: !self.has_tensor("output.weight"),
         }

@@ -1,0 +1,19 @@
+//! InternLM (the first): llama with biases around attention.
+
+use super::{Config, Family, PLAIN};
+use crate::Result;
+use crate::spec::{Biases, ModelSpec};
+
+pub(super) static FAMILY: Family = Family {
+    name: "internlm",
+    model_types: &["internlm"],
+    architectures: &["InternLMForCausalLM"],
+    from_config,
+    ..PLAIN
+};
+
+fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    let bias = config.bool_or("bias", true)?;
+    let bias = Biases { qkv: bias, output: bias, ..Biases::default() };
+    Ok(ModelSpec { bias, ..config.decoder("internlm")? })
+}
