@@ -86,7 +86,7 @@ fn check_families(names: &str, steps: Steps) {
 fn llama_and_its_kin() {
     check_families(
         "llama llama-rope3 llama-rope3-v5config llama-tied-bias llama-linear-rope llama-yarn llama-sharded-bf16 \
-         llama-sharded-f16 yi mistral smollm3 granite helium ernie4_5 olmo olmo2 stablelm",
+         llama-sharded-f16 llama-torchbin yi mistral smollm3 granite helium ernie4_5 olmo olmo2 stablelm",
         Steps::All,
     );
 }

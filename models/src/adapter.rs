@@ -1,6 +1,6 @@
 //! Adapters: PEFT directories and llama.cpp's GGUF adapters, read and attached to the linear layers they change.
 
-use crate::checkpoint::{Checkpoint, Tensor, huggingface, safetensors};
+use crate::checkpoint::{Checkpoint, Tensor, huggingface, pytorch, safetensors};
 use crate::families::{self, Config, Naming, Role};
 use crate::model::{Linear, LowRank, Model, Prefix, Weight};
 use crate::packing::{self, Rows};
@@ -107,17 +107,14 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
     let config_path = dir.join("adapter_config.json");
     let config = huggingface::read_config(&config_path)?;
     let config = Config::new(&config, &config_path);
-    let weights = dir.join("adapter_model.safetensors");
-    if !weights.exists() && dir.join("adapter_model.bin").exists() {
-        return Err(Error::file(
-            dir,
-            "its weights are in adapter_model.bin; save it again as adapter_model.safetensors",
-        ));
-    }
-    let file = safetensors::open(&weights)?;
+    let (safe, old) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
+    let (weights, (tensors, raw)) = match !safe.exists() && old.exists() {
+        true => pytorch::open(&old).map(|file| (old, (file.tensors, file.raw)))?,
+        false => safetensors::open(&safe).map(|file| (safe, (file.tensors, file.raw)))?,
+    };
     let peft = match config.str("peft_type") {
         Some("LORA") => Peft::read(&config)?,
-        Some("PREFIX_TUNING") => return Ok(Adapter::Prefix(read_prefix(&config, &weights, &file.tensors, model)?)),
+        Some("PREFIX_TUNING") => return Ok(Adapter::Prefix(read_prefix(&config, &weights, &tensors, model)?)),
         Some(other) => {
             return Err(config.error(format!(
                 "adapters of type {other} are not supported; LORA (DoRA and rsLoRA too) and PREFIX_TUNING are"
@@ -125,9 +122,9 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
         }
         None => return Err(config.error("the field peft_type is missing: not an adapter that PEFT wrote")),
     };
-    let mut odd: Vec<String> = file.raw.into_iter().map(|t| t.name).collect();
+    let mut odd: Vec<String> = raw.into_iter().map(|t| t.name).collect();
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
-    for tensor in file.tensors {
+    for tensor in tensors {
         let name = tensor.info.name.clone();
         // Some versions keep the adapter's own name, `default`, inside.
         let plain = name.strip_prefix("base_model.model.").unwrap_or(&name).replace(".default.", ".");

@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod huggingface;
 mod map;
 mod metadata;
+pub mod pytorch;
 pub mod safetensors;
 
 pub use atomic::AtomicFile;

@@ -5,6 +5,9 @@ use crate::threads::Disjoint;
 /// Numbers that one task of an element-wise step handles: less is not worth a hand-out.
 const GRAIN: usize = 16384;
 
+/// What is done to each row: its number, what it is, what is made of it.
+type EachRow<'a> = dyn Fn(usize, &[f32], &mut [f32]) + Sync + 'a;
+
 impl Cpu {
     /// Rows of `weight.len()`: `out = x / sqrt(mean(x^2) + eps) * (weight + offset)` (Zhang and Sennrich 2019; `offset`
     /// is 1 for the families that store the weight less one, else 0).
@@ -162,13 +165,7 @@ impl Cpu {
         self.numbered_rows(width, x, out, &|_, x, out| each(x, out));
     }
 
-    fn numbered_rows(
-        &self,
-        width: usize,
-        x: &[f32],
-        out: &mut [f32],
-        each: &(dyn Fn(usize, &[f32], &mut [f32]) + Sync),
-    ) {
+    fn numbered_rows(&self, width: usize, x: &[f32], out: &mut [f32], each: &EachRow<'_>) {
         assert_eq!(x.len(), out.len(), "output differs in size");
         let width = width.max(1);
         let shared = Disjoint::new(out);
