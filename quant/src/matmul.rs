@@ -12,12 +12,13 @@
 //! | many | AMX | bf16 | rounded to bf16 |
 //! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
 //!
-//! [`PromptRounding::EightBits`] has many rows rounded as few rows are.
+//! [`PromptRounding::EightBits`] has many rows rounded as ggml rounds them.
 //! Sums of integer products are exact within a scale group, and f32 across groups.
 
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
+use crate::kernels::scalar::quantize_wide;
 use crate::kernels::{
     CodePanel, GemmShape, HalfKernels, HalfRows, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK,
 };
@@ -40,7 +41,8 @@ pub enum PromptRounding {
     /// bf16 or 16 bits, as the table above says.
     #[default]
     Fine,
-    /// 8 bits, as those of generated tokens are: for measuring what generation loses.
+    /// 8 bits, as ggml rounds them: a scale over each 32 columns, over each block where the format has larger ones.
+    /// For figures that compare with llama.cpp's.
     EightBits,
 }
 
@@ -92,13 +94,25 @@ struct Rounded {
     half: Aligned<u16>,
 }
 
+/// How rows become 8-bit rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rounding {
+    /// A scale over each 32 columns.
+    Once,
+    /// The same, and rows `n..2n` are what that left over, rounded likewise: both together are within `max|x| / 2^15`
+    /// of `x`.
+    Twice,
+    /// A scale over each so many columns.
+    Wide(usize),
+}
+
 /// Rows that one task rounds: a block of [`HalfRows`].
 const ROUND: usize = 16;
 
 impl Rounded {
-    /// Rounds the `n` rows of `x` to 8 bits. With `twice`, rows `n..2n` are what that left over, rounded likewise: both
-    /// together are within `max|x| / 2^15` of `x`.
-    fn quantize(&mut self, cpu: &Cpu, x: &[f32], n: usize, cols: usize, twice: bool) {
+    /// Rounds the `n` rows of `x` to 8 bits.
+    fn quantize(&mut self, cpu: &Cpu, x: &[f32], n: usize, cols: usize, rounding: Rounding) {
+        let twice = rounding == Rounding::Twice;
         let total = if twice { 2 * n } else { n } * cols;
         self.q.reserve(total);
         self.d.reserve(total / 32);
@@ -130,7 +144,10 @@ impl Rounded {
             let mut rest = vec![0f32; if twice { cols } else { 0 }];
             for r in rows {
                 let x = &x[r * cols..(r + 1) * cols];
-                (cpu.kernels.quantize)(x, row(r));
+                match rounding {
+                    Rounding::Wide(span) => quantize_wide(x, span, row(r)),
+                    _ => (cpu.kernels.quantize)(x, row(r)),
+                }
                 if twice {
                     let first = row(r);
                     for (g, d) in first.d.iter().enumerate() {
@@ -195,26 +212,46 @@ impl Cpu {
         if n == 0 {
             return;
         }
+        // Formats that are rounded differently cannot share what was rounded.
+        let wide = |w: &Matrix<'_>| w.format.block_len() > 32;
+        if self.wide(phase) && weights.iter().any(wide) && !weights.iter().all(wide) {
+            for (w, out) in weights.iter().zip(out) {
+                self.matmul(phase, x, n, &[*w], &mut [&mut **out]);
+            }
+            return;
+        }
         ROUNDED.with_borrow_mut(|rounded| {
             let coded = weights.iter().any(|w| !w.format.is_float());
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
             match (phase, self.half()) {
                 (Phase::Generate, _) => {
                     if coded {
-                        rounded.quantize(self, x, n, cols, false);
+                        rounded.quantize(self, x, n, cols, Rounding::Once);
                     }
                     self.few_rows(x, rounded.rows(cols), n, weights, &out);
                 }
                 (Phase::Prompt, half) => {
                     match &half {
                         Some(half) if coded => rounded.round_half(self, half, x, n, cols),
-                        None if coded => rounded.quantize(self, x, n, cols, self.fine()),
+                        None if coded => {
+                            let rounding = match self.fine() {
+                                true => Rounding::Twice,
+                                false if weights.iter().any(wide) => Rounding::Wide(weights[0].format.block_len()),
+                                false => Rounding::Once,
+                            };
+                            rounded.quantize(self, x, n, cols, rounding);
+                        }
                         _ => {}
                     }
                     self.many_rows(x, rounded, n, weights, &out);
                 }
             }
         });
+    }
+
+    /// Whether the columns that share a scale depend on the weights' format.
+    fn wide(&self, phase: Phase) -> bool {
+        phase == Phase::Prompt && !self.fine()
     }
 
     fn fine(&self) -> bool {

@@ -80,8 +80,13 @@ fn decode(format: Format, rows: usize, cols: usize, data: &[u8]) -> Vec<f32> {
 
 /// 8 bits with a scale over each 32.
 fn rounded(x: &[f32]) -> Vec<f64> {
+    rounded_over(32, x)
+}
+
+/// 8 bits with a scale over each `span`.
+fn rounded_over(span: usize, x: &[f32]) -> Vec<f64> {
     let mut out = Vec::new();
-    for x in x.chunks(32) {
+    for x in x.chunks(span) {
         let most = x.iter().fold(0f32, |m, v| m.max(v.abs()));
         let d = most / 127.0;
         let inverse = if most == 0.0 { 0.0 } else { 127.0 / most };
@@ -228,18 +233,22 @@ fn rounding_stays_as_small_as_documented() {
 }
 
 #[test]
-fn prompts_can_be_rounded_as_generated_tokens_are() {
+fn prompts_can_be_rounded_as_ggml_rounds_them() {
     let mut random = Random(14);
     let (n, rows, cols) = (37, 40, 512);
-    for format in Format::ALL.into_iter().filter(|f| !f.is_float()) {
-        let data = random.weights(format, rows, cols);
-        let x = random.normals(n * cols);
-        let w = decode(format, rows, cols, &data);
-        let matrix = Matrix::new(format, rows, cols, &data).unwrap();
-        let (want, size) = reference((format, Phase::Generate, Isa::Scalar), &x, &w, cols);
-        for cpu in all().into_iter().map(|cpu| cpu.with_prompt_rounding(PromptRounding::EightBits)) {
-            let mut out = vec![f32::NAN; n * rows];
-            cpu.matmul(Phase::Prompt, &x, n, &[matrix], &mut [&mut out]);
+    let formats: Vec<Format> = Format::ALL.into_iter().filter(|f| !f.is_float()).collect();
+    let x = random.normals(n * cols);
+    let data: Vec<_> = formats.iter().map(|f| random.weights(*f, rows, cols)).collect();
+    let matrices: Vec<_> = formats.iter().zip(&data).map(|(f, d)| Matrix::new(*f, rows, cols, d).unwrap()).collect();
+    for cpu in all().into_iter().map(|cpu| cpu.with_prompt_rounding(PromptRounding::EightBits)) {
+        // All in one call: those that are rounded over 32 columns and those over 256 each get theirs.
+        let mut out = vec![vec![f32::NAN; n * rows]; formats.len()];
+        let mut views: Vec<&mut [f32]> = out.iter_mut().map(|o| o.as_mut_slice()).collect();
+        cpu.matmul(Phase::Prompt, &x, n, &matrices, &mut views);
+        for ((format, data), out) in formats.iter().zip(&data).zip(&out) {
+            let w = decode(*format, rows, cols, data);
+            let rounded: Vec<f32> = rounded_over(format.block_len().max(32), &x).iter().map(|x| *x as f32).collect();
+            let (want, size) = reference((Format::F32, Phase::Prompt, Isa::Scalar), &rounded, &w, cols);
             for ((got, want), size) in out.iter().zip(&want).zip(&size) {
                 assert!((f64::from(*got) - want).abs() <= 1e-5 * size + 1e-6, "{format} {}", cpu.isa().name());
             }

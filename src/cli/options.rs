@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Args)]
 pub struct Global {
     /// No progress, only results and errors
-    #[arg(long, global = true)]
+    #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Tell more of what happens (-vv: everything)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 /// Measure how well a model predicts a text
 ///
 /// The text is cut into chunks of the context's length, each begins with the BOS token if the model wants one, and the
-/// second half of each is scored: the figures compare with those of llama.cpp. So that they tell what generated text is
-/// like, activations are rounded to 8 bits as those of generated tokens are; --fine rounds them as those of a prompt.
+/// second half of each is scored, with activations rounded to 8 bits over as many columns as llama.cpp rounds them: the
+/// figures compare with its. --fine rounds them as Rushlight rounds those of a prompt.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -31,35 +31,58 @@ pub(crate) fn kernels() -> Kernels {
 /// Rounds a row to 8 bits, as [`QuantizedRow`] says. A NaN or infinity makes its 32 columns' scale NaN or infinite, so
 /// that it is seen in the result.
 #[inline(always)]
-pub(crate) fn quantize(x: &[f32], out: QuantizedRowMut<'_>) {
+pub(crate) fn quantize(x: &[f32], mut out: QuantizedRowMut<'_>) {
     for (g, x) in x.as_chunks::<32>().0.iter().enumerate() {
-        // As integers, because a comparison of floats would pass over a NaN.
-        let mut top = [0u32; 16];
-        for i in 0..16 {
-            top[i] = (x[i].to_bits() & 0x7fff_ffff).max(x[i + 16].to_bits() & 0x7fff_ffff);
-        }
-        let mut most = 0;
-        for t in top {
-            most = most.max(t);
-        }
-        let most = f32::from_bits(most);
-        let d = most / 127.0;
-        let inverse = if most == 0.0 { 0.0 } else { 127.0 / most };
-        let q = &mut out.q[g * 32..][..32];
-        let mut sums = [0i32; 2];
-        for h in 0..2 {
-            for i in 0..16 {
-                let code = (x[h * 16 + i] * inverse).round_ties_even() as i32 as i8;
-                q[h * 16 + i] = code;
-                sums[h] += i32::from(code);
-            }
-            out.s16[g * 2 + h] = d * sums[h] as f32;
-            out.c16[g * 2 + h] = -128 * sums[h];
-        }
-        out.d[g] = d;
-        out.s32[g] = d * (sums[0] + sums[1]) as f32;
-        out.c32[g] = -128 * (sums[0] + sums[1]);
+        round_group(x, largest(x), g, &mut out);
     }
+}
+
+/// [`quantize`] with a scale over each `span` columns (a multiple of 32) instead of each 32.
+pub(crate) fn quantize_wide(x: &[f32], span: usize, mut out: QuantizedRowMut<'_>) {
+    for (s, x) in x.chunks_exact(span).enumerate() {
+        let groups = x.as_chunks::<32>().0;
+        // The largest by its bits, as in `largest`: all are positive.
+        let most = groups.iter().map(|x| largest(x).to_bits()).max().unwrap_or(0);
+        for (g, x) in groups.iter().enumerate() {
+            round_group(x, f32::from_bits(most), s * span / 32 + g, &mut out);
+        }
+    }
+}
+
+/// The largest absolute value; NaN or infinity where there is one.
+#[inline(always)]
+fn largest(x: &[f32; 32]) -> f32 {
+    // As integers, because a comparison of floats would pass over a NaN.
+    let mut top = [0u32; 16];
+    for i in 0..16 {
+        top[i] = (x[i].to_bits() & 0x7fff_ffff).max(x[i + 16].to_bits() & 0x7fff_ffff);
+    }
+    let mut most = 0;
+    for t in top {
+        most = most.max(t);
+    }
+    f32::from_bits(most)
+}
+
+/// Rounds group `g` of a row to 8 bits with the scale `most / 127`.
+#[inline(always)]
+fn round_group(x: &[f32; 32], most: f32, g: usize, out: &mut QuantizedRowMut<'_>) {
+    let d = most / 127.0;
+    let inverse = if most == 0.0 { 0.0 } else { 127.0 / most };
+    let q = &mut out.q[g * 32..][..32];
+    let mut sums = [0i32; 2];
+    for h in 0..2 {
+        for i in 0..16 {
+            let code = (x[h * 16 + i] * inverse).round_ties_even() as i32 as i8;
+            q[h * 16 + i] = code;
+            sums[h] += i32::from(code);
+        }
+        out.s16[g * 2 + h] = d * sums[h] as f32;
+        out.c16[g * 2 + h] = -128 * sums[h];
+    }
+    out.d[g] = d;
+    out.s32[g] = d * (sums[0] + sums[1]) as f32;
+    out.c32[g] = -128 * (sums[0] + sums[1]);
 }
 
 /// Hands out the entry of a table of functions generic over the block format.
