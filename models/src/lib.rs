@@ -5,6 +5,7 @@
 pub mod adapter;
 pub mod backend;
 pub mod checkpoint;
+pub mod convert;
 pub mod decoder;
 mod error;
 pub mod families;

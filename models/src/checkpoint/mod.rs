@@ -135,6 +135,12 @@ impl Checkpoint {
         }
     }
 
+    /// What a GGUF file of `tensors` looks like to those who only ask for names and shapes: it holds no bytes.
+    pub(crate) fn described(path: &Path, tensors: &[TensorInfo]) -> Result<Checkpoint> {
+        let tensors = tensors.iter().map(|info| Tensor { info: info.clone(), data: Bytes::new(Vec::new()) });
+        Checkpoint::new(path, Kind::Gguf(Metadata::default()), vec![(tensors.collect(), Vec::new())])
+    }
+
     /// The path that was opened.
     pub fn path(&self) -> &Path {
         &self.path

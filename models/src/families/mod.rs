@@ -6,6 +6,7 @@ mod chatglm;
 mod chatglm2;
 mod cohere;
 mod config;
+mod configuration;
 mod deepseek;
 mod ernie;
 mod falcon;
@@ -22,6 +23,7 @@ mod internlm;
 mod internlm2;
 mod keys;
 mod llama;
+mod metadata;
 mod mistral;
 mod mixtral;
 mod olmo;
@@ -36,7 +38,9 @@ mod stablelm;
 mod starcoder2;
 
 pub use config::{ALL, Config, Defaults, FIELDS, Fields, GPT_FIELDS, LAYER_NORM};
+pub(crate) use configuration::configure;
 pub use keys::Keys;
+pub(crate) use metadata::{Description, describe};
 
 use crate::checkpoint::{Checkpoint, Kind};
 use crate::packing::Packing;
@@ -452,6 +456,11 @@ impl Basics {
             logit_softcap: None,
         }
     }
+}
+
+/// The family whose GGUF files say `general.architecture = name`: the first of those that share it.
+pub fn by_architecture(name: &str) -> Option<&'static Family> {
+    FAMILIES.iter().copied().find(|f| f.gguf.is_some_and(|g| g.architecture == name))
 }
 
 /// Finds the family of `checkpoint` and has it read the description.

@@ -20,6 +20,13 @@ impl Charsmap {
         Some(Charsmap { units, replacements: std::str::from_utf8(text).ok()?.to_string() })
     }
 
+    /// The table as [`Charsmap::parse`] reads it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let size = (self.units.len() * 4) as u32;
+        let trie = self.units.iter().flat_map(|u| u.to_le_bytes());
+        size.to_le_bytes().into_iter().chain(trie).chain(self.replacements.bytes()).collect()
+    }
+
     /// Whether no text can lead out of the trie or to a replacement that is not there. The `tokenizers` crate indexes
     /// without asking, so a table from a file must pass this first.
     pub fn is_sound(&self) -> bool {

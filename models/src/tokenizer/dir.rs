@@ -30,7 +30,9 @@ pub fn optional_json(dir: &Path, name: &str) -> Result<Value> {
 
 /// Reads the tokenizer in `dir`, and what the files around it say about its special tokens.
 pub fn read(dir: &Path) -> Result<Tokenizer> {
-    let (bytes, path) = find(dir)?;
+    let (bytes, path) = find(dir)?.ok_or_else(|| {
+        Error::file(dir, "no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken) in this directory")
+    })?;
     let mut tokenizer = Tokenizer::from_bytes(&bytes, &path)?;
     drop(bytes);
     let config = optional_json(dir, "tokenizer_config.json")?;
@@ -69,19 +71,17 @@ pub fn read(dir: &Path) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// The contents and the path of the tokenizer's file.
-fn find(dir: &Path) -> Result<(Vec<u8>, PathBuf)> {
+/// The contents and the path of the tokenizer's file; `None` where there is none.
+pub fn find(dir: &Path) -> Result<Option<(Vec<u8>, PathBuf)>> {
     for name in ["tokenizer.json", "tokenizer.model"] {
         if let Some(bytes) = optional(dir, name)? {
-            return Ok((bytes, dir.join(name)));
+            return Ok(Some((bytes, dir.join(name))));
         }
     }
     let entries = fs::read_dir(dir).map_err(|e| Error::io(dir, e))?;
     let mut files = entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|x| x == "tiktoken"));
-    let path = files.next().ok_or_else(|| {
-        Error::file(dir, "no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken) in this directory")
-    })?;
-    Ok((fs::read(&path).map_err(|e| Error::io(&path, e))?, path))
+    let Some(path) = files.next() else { return Ok(None) };
+    Ok(Some((fs::read(&path).map_err(|e| Error::io(&path, e))?, path)))
 }
 
 /// Adds the tokens of `added_tokens_decoder` that the tokenizer's own file does not list. Its library does not parse

@@ -17,7 +17,8 @@ use std::path::Path;
 /// Reads the tokenizer of the file `path` from its `metadata`.
 pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
     let bad = |what: String| Error::file(path, what);
-    let Some(model) = metadata.str("tokenizer.ggml.model") else {
+    // `none` is what conversions without a vocabulary write.
+    let Some(model) = metadata.str("tokenizer.ggml.model").filter(|m| !matches!(*m, "none" | "no_vocab")) else {
         return Err(bad(
             "holds no tokenizer (tokenizer.ggml.model); convert the model again with its vocabulary".into()
         ));

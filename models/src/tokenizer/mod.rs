@@ -9,6 +9,7 @@ mod added;
 mod bpe;
 mod charsmap;
 mod dir;
+mod export;
 mod gguf;
 mod json;
 mod pre;
@@ -20,6 +21,7 @@ mod unigram;
 mod vocabulary;
 mod words;
 
+pub(crate) use export::export;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, RenderOptions};
 
@@ -390,5 +392,7 @@ impl Tokenizer {
     }
 }
 
+#[cfg(test)]
+mod export_tests;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,7 @@
 //! The names of `tokenizer.ggml.pre`, and the patterns each stands for.
 
+use super::words::Words;
+
 /// How a family of byte-level vocabularies cuts text into words before any merging.
 pub struct Pre {
     /// The names it goes by.
@@ -13,6 +15,13 @@ pub struct Pre {
     pub add_bos: bool,
     /// Whether text is composed (Unicode NFC) first.
     pub compose: bool,
+}
+
+impl Pre {
+    /// The best-known of its names.
+    pub fn name(&self) -> &'static str {
+        self.names.first().copied().unwrap_or("default")
+    }
 }
 
 /// The pattern of GPT-2.
@@ -37,7 +46,7 @@ const PLAIN: Pre = Pre { names: &[], patterns: &[], whole_words: false, add_bos:
 const ALL: &[Pre] = &[
     Pre { names: &["default"], patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"], ..PLAIN },
     Pre {
-        names: &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"],
         patterns: &[LLAMA3],
         whole_words: true,
         add_bos: true,
@@ -120,6 +129,68 @@ pub fn find(name: &str) -> Option<&'static Pre> {
     ALL.iter().find(|p| p.names.contains(&name))
 }
 
+/// The entries that cut words as `words` does: those with its patterns, or else those that cut a great many words alike.
+pub fn recognise(words: &Words) -> Vec<&'static Pre> {
+    let same: Vec<&Pre> = ALL.iter().filter(|p| p.patterns == words.patterns()).collect();
+    if !same.is_empty() {
+        return same;
+    }
+    let texts = probes();
+    let alike = |pre: &&Pre| {
+        Words::new(pre.patterns, false).is_ok_and(|other| texts.iter().all(|text| words.ends(text) == other.ends(text)))
+    };
+    ALL.iter().filter(alike).collect()
+}
+
+/// Texts in which all kinds of characters stand side by side, alone and in runs.
+fn probes() -> Vec<String> {
+    const KINDS: &[&str] = &[
+        "abcdefghijklmnopqrstuvwxyz",
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+        "éßñüÉÑǅʰªſ",
+        "'",
+        "sStTmMdDrReEvVlL",
+        "0123456789",
+        "٣५８Ⅷ½²",
+        "!\"#%&()*,-./:;?@[]_{}\\",
+        "$+<=>^`|~",
+        "…。，！？、“”‘’–—«»·",
+        "€¥©™→∑°",
+        " ",
+        "\t",
+        "\n",
+        "\r",
+        "\u{A0}\u{3000}\u{200B}\u{2028}\u{85}",
+        "你好世界龥㐀",
+        "あアーん",
+        "가힣ᄀ",
+        "ПриветЁ",
+        "αΩςἀ",
+        "مرحبا،",
+        "नमस्ते।",
+        "ไทย",
+        "🚀👨😶",
+        "\u{301}\u{308}\u{200D}\u{FE0F}",
+        "\0\u{7F}\u{1}",
+    ];
+    // A congruential generator: the same texts each time.
+    let mut state = 1u64;
+    let mut next = move |n: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % n
+    };
+    let mut text = |kinds: usize| {
+        let mut text = String::new();
+        for _ in 0..kinds {
+            let kind: Vec<char> = KINDS[next(KINDS.len())].chars().collect();
+            let run = if next(2) == 0 { 1 } else { 1 + next(5) };
+            text.extend((0..run).map(|_| kind[next(kind.len())]));
+        }
+        text
+    };
+    (0..3000).map(|i| text(1 + i % 12)).collect()
+}
+
 /// All names, for an error message.
 pub fn names() -> String {
     ALL.iter().flat_map(|p| p.names).copied().collect::<Vec<_>>().join(", ")
@@ -128,7 +199,6 @@ pub fn names() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::words::Words;
 
     #[test]
     fn every_pattern_compiles_and_names_are_unique() {

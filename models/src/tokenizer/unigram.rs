@@ -38,6 +38,11 @@ impl Unigram {
         Unigram { scores, worst, longest, bytes, unknown }
     }
 
+    /// A score for each token.
+    pub fn scores(&self) -> &[f64] {
+        &self.scores
+    }
+
     /// Appends the ids of `text` to `out`.
     pub fn encode(&self, vocabulary: &Vocabulary, text: &str, out: &mut Vec<u32>) {
         let mut best: Vec<Option<Best>> = vec![None; text.len() + 1];

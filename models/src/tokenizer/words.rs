@@ -7,14 +7,37 @@ use tokenizers::utils::SysRegex;
 /// tokenizers that do just this, without the bookkeeping of offsets that the `tokenizers` pipeline carries.
 pub struct Words {
     patterns: Vec<SysRegex>,
+    /// What they were compiled from.
+    sources: Vec<String>,
     compose: bool,
 }
 
 impl Words {
     /// A cutter that applies `patterns` one after another to text that is composed (Unicode NFC) first if `compose`.
     pub fn new<P: AsRef<str>>(patterns: &[P], compose: bool) -> Result<Words, String> {
+        let sources = patterns.iter().map(|p| p.as_ref().to_owned()).collect();
         let patterns = patterns.iter().map(|p| SysRegex::new(p.as_ref()).map_err(|e| e.to_string()));
-        Ok(Words { patterns: patterns.collect::<Result<_, _>>()?, compose })
+        Ok(Words { patterns: patterns.collect::<Result<_, _>>()?, sources, compose })
+    }
+
+    /// The patterns, as they are written.
+    pub fn patterns(&self) -> &[String] {
+        &self.sources
+    }
+
+    /// Whether text is composed first.
+    pub fn composes(&self) -> bool {
+        self.compose
+    }
+
+    /// Where the words of `text` end, by the patterns alone.
+    pub fn ends(&self, text: &str) -> Vec<usize> {
+        let (mut ends, mut end) = (Vec::new(), 0);
+        self.cut(text, &self.patterns, &mut |piece| {
+            end += piece.len();
+            ends.push(end);
+        });
+        ends
     }
 
     /// Calls `each` with every word of `text`, in the byte alphabet.

@@ -13,7 +13,7 @@ use crate::checkpoint::Metadata;
 use crate::{Error, Result};
 use minijinja::Environment;
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Longest template source that is read: the longest published are some 30 kB.
 const LONGEST: usize = 1 << 20;
@@ -24,6 +24,16 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// Whether there is a second template for conversations with tools.
     for_tools: bool,
+}
+
+/// The sources of a directory's templates.
+pub(crate) struct Sources {
+    /// The file that holds them.
+    file: PathBuf,
+    /// For most conversations.
+    pub default: String,
+    /// For conversations with tools, where there is one of its own.
+    pub for_tools: Option<String>,
 }
 
 impl ChatTemplate {
@@ -45,25 +55,32 @@ impl ChatTemplate {
     /// The template in the directory `dir`: `chat_template.jinja`, or the entry of `tokenizer_config.json` (one
     /// template, or several with names, of which `default` and `tool_use` count), or `chat_template.json`.
     pub fn from_dir(dir: &Path) -> Result<Option<ChatTemplate>> {
+        let Some(Sources { file, default, for_tools }) = ChatTemplate::sources(dir)? else { return Ok(None) };
+        ChatTemplate::compile(&file.display().to_string(), &default, for_tools.as_deref()).map(Some)
+    }
+
+    /// What [`ChatTemplate::from_dir`] compiles.
+    pub(crate) fn sources(dir: &Path) -> Result<Option<Sources>> {
         if let Some(bytes) = dir::optional(dir, "chat_template.jinja")? {
-            let path = dir.join("chat_template.jinja");
-            let source = String::from_utf8(bytes).map_err(|_| Error::file(&path, "not UTF-8"))?;
-            return ChatTemplate::compile(&path.display().to_string(), &source, None).map(Some);
+            let file = dir.join("chat_template.jinja");
+            let default = String::from_utf8(bytes).map_err(|_| Error::file(&file, "not UTF-8"))?;
+            return Ok(Some(Sources { file, default, for_tools: None }));
         }
         for name in ["tokenizer_config.json", "chat_template.json"] {
             let config = dir::optional_json(dir, name)?;
-            let shown = dir.join(name).display().to_string();
-            match &config["chat_template"] {
-                Value::String(source) => return ChatTemplate::compile(&shown, source, None).map(Some),
+            let (default, for_tools) = match &config["chat_template"] {
+                Value::String(source) => (Some(source.as_str()), None),
                 Value::Array(list) => {
                     let named =
                         |wanted: &str| list.iter().find(|t| t["name"] == wanted).and_then(|t| t["template"].as_str());
                     let first = list.first().and_then(|t| t["template"].as_str());
-                    if let Some(source) = named("default").or(first) {
-                        return ChatTemplate::compile(&shown, source, named("tool_use")).map(Some);
-                    }
+                    (named("default").or(first), named("tool_use"))
                 }
-                _ => {}
+                _ => (None, None),
+            };
+            if let Some(default) = default {
+                let (default, for_tools) = (default.to_owned(), for_tools.map(str::to_owned));
+                return Ok(Some(Sources { file: dir.join(name), default, for_tools }));
             }
         }
         Ok(None)

@@ -1,0 +1,277 @@
+//! The inverse of [`Keys`]: GGUF metadata that say what a [`ModelSpec`] says.
+//!
+//! What was written is read back by the family's own reader. A key that is needed only where a model departs from what
+//! its architecture implies is written only where the reader would otherwise miss it, and what no key can say is found
+//! here, not in the output of a model that reads its file wrongly.
+
+use super::config::yarn_attention;
+use super::{Gguf, Keys};
+use crate::checkpoint::{Array, Checkpoint, Metadata, TensorInfo, Value};
+use crate::spec::{LayerSpec, ModelSpec, NormKind, Rope, RopeScaling};
+use crate::{Error, Result};
+use std::path::Path;
+
+/// What a GGUF file of a model says of it.
+pub struct Description {
+    /// `general.architecture` and the keys under its name.
+    pub metadata: Metadata,
+    /// What a reader of the file makes of them: the original but for the order of rotary pairs, the form of their
+    /// scaling, and the offset of norms.
+    pub spec: ModelSpec,
+    /// What could not be said, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// A key that is written where a reader would otherwise take something else.
+struct Optional {
+    /// Whether the reader already has it right.
+    same: fn(&ModelSpec, &ModelSpec) -> bool,
+    /// The key, and what to write: the first value that makes it right.
+    key: &'static str,
+    values: fn(&ModelSpec) -> Vec<Value>,
+}
+
+const OPTIONAL: &[Optional] = &[
+    Optional {
+        same: |a, b| windows(a).eq(windows(b)),
+        key: "attention.sliding_window",
+        values: |s| windows(s).flatten().next().map(|w| Value::Unsigned(w as u64)).into_iter().collect(),
+    },
+    Optional {
+        same: |a, b| a.ropes == b.ropes,
+        key: "rope.freq_base_swa",
+        values: |s| {
+            let sliding = s.layers.iter().find(|l| l.window.is_some()).and_then(|l| s.ropes.get(l.rope?));
+            sliding.map(|rope| float(rope.theta)).into_iter().collect()
+        },
+    },
+    Optional {
+        same: |a, b| a.attention_scale == b.attention_scale,
+        key: "attention.scale",
+        values: |s| vec![float(s.attention_scale)],
+    },
+    Optional {
+        same: |a, b| a.attention_softcap == b.attention_softcap,
+        key: "attn_logit_softcapping",
+        values: |s| s.attention_softcap.map(float).into_iter().collect(),
+    },
+    Optional {
+        same: |a, b| a.logit_softcap == b.logit_softcap,
+        key: "final_logit_softcapping",
+        values: |s| s.logit_softcap.map(float).into_iter().collect(),
+    },
+    Optional {
+        same: |a, b| a.embedding_scale == b.embedding_scale,
+        key: "embedding_scale",
+        values: |s| vec![float(s.embedding_scale)],
+    },
+    Optional {
+        same: |a, b| a.residual_scale == b.residual_scale,
+        key: "residual_scale",
+        values: |s| vec![float(s.residual_scale)],
+    },
+    Optional {
+        same: |a, b| near(a.logit_scale, b.logit_scale),
+        key: "logit_scale",
+        // Architectures differ in whether logits are multiplied or divided by it.
+        values: |s| vec![float(s.logit_scale), float(1.0 / s.logit_scale)],
+    },
+];
+
+/// What a file of the architecture `form` with `tensors` says of the model `spec`; `path` is for messages only.
+///
+/// # Errors
+/// When the architecture cannot say something of `spec`.
+pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Path) -> Result<Description> {
+    let impossible = |what: &str| {
+        let architecture = form.architecture;
+        Error::file(path, format!("GGUF files of the architecture '{architecture}' cannot say this model's {what}"))
+    };
+    let file = Checkpoint::described(path, tensors)?;
+    let mut metadata = Metadata::default();
+    metadata.0.insert("general.architecture".into(), Value::String(form.architecture.into()));
+    let key = |name: &str| format!("{}.{name}", form.architecture);
+    for (name, value) in plain(spec).map_err(impossible)? {
+        metadata.0.insert(key(name), value);
+    }
+    let read = |metadata: &Metadata| {
+        let mut read = (form.from_keys)(&Keys::new(&file, metadata, form.architecture))?;
+        let meant = as_read(spec, &read);
+        // Products and quotients of one factor differ in the last bit.
+        for (rope, meant) in read.ropes.iter_mut().zip(&meant.ropes) {
+            if let (RopeScaling::Yarn { attention_factor: a, .. }, RopeScaling::Yarn { attention_factor: b, .. }) =
+                (&mut rope.scaling, &meant.scaling)
+                && near(*a, *b)
+            {
+                *a = *b;
+            }
+        }
+        Ok::<_, Error>((meant, read))
+    };
+    for Optional { same, key: name, values } in OPTIONAL {
+        let (meant, has) = read(&metadata)?;
+        if same(&meant, &has) {
+            continue;
+        }
+        for value in values(spec) {
+            metadata.0.insert(key(name), value);
+            let (meant, has) = read(&metadata)?;
+            if same(&meant, &has) {
+                break;
+            }
+            metadata.0.remove(&key(name));
+        }
+    }
+    let (mut meant, read) = read(&metadata)?;
+    let mut notes = Vec::new();
+    let window = windows(&meant).flatten().min();
+    if !windows(&meant).eq(windows(&read)) {
+        notes.push(format!(
+            "GGUF files of the architecture '{}' cannot say this model's attention window: positions see all before them",
+            form.architecture
+        ));
+        meant.layers.iter_mut().zip(&read.layers).for_each(|(m, r)| m.window = r.window);
+    } else if let Some(window) = window.filter(|&w| form.architecture == "llama" && w < spec.context_length) {
+        // Mistral's files say `llama`, whose windows are read here but not there.
+        notes.push(format!(
+            "llama.cpp knows no attention window for this architecture: texts longer than {window} tokens it reads otherwise"
+        ));
+    }
+    match difference(&meant, &read) {
+        Some(what) => Err(impossible(what)),
+        None => Ok(Description { metadata, spec: read, notes }),
+    }
+}
+
+/// The keys that every architecture has.
+fn plain(spec: &ModelSpec) -> Result<Vec<(&'static str, Value)>, &'static str> {
+    let count = |n: usize| Value::Unsigned(n as u64);
+    // What all tokens share beside experts has a key of its own.
+    let each: Vec<usize> = spec.layers.iter().map(dense_width).collect();
+    let width = each.iter().copied().max().unwrap_or(0);
+    let widths = match spec.layers.iter().all(|l| l.experts.is_some() || dense_width(l) == width) {
+        true => count(width),
+        false => Value::Array(Array::of_i32(&each.iter().map(|&w| w as i32).collect::<Vec<_>>())),
+    };
+    let eps = match spec.norm.kind {
+        NormKind::Rms => "attention.layer_norm_rms_epsilon",
+        NormKind::Layer { .. } => "attention.layer_norm_epsilon",
+    };
+    let mut keys = vec![
+        ("vocab_size", count(spec.vocab_size)),
+        ("context_length", count(spec.context_length)),
+        ("embedding_length", count(spec.hidden_size)),
+        ("block_count", count(spec.layers.len())),
+        ("feed_forward_length", widths),
+        ("attention.head_count", count(spec.heads)),
+        ("attention.head_count_kv", count(spec.kv_heads)),
+        (eps, float(spec.norm.eps)),
+    ];
+    if spec.query_width() != spec.hidden_size {
+        keys.extend([("attention.key_length", count(spec.head_dim)), ("attention.value_length", count(spec.head_dim))]);
+    }
+    // Where layers differ, the keys without a suffix are those of the layers that see everything.
+    let main = spec.layers.iter().find(|l| l.window.is_none() && l.rope.is_some());
+    let main = main.and_then(|l| spec.ropes.get(l.rope?)).or(spec.ropes.first());
+    if let Some(rope) = main {
+        keys.extend([("rope.dimension_count", count(rope.dim)), ("rope.freq_base", float(rope.theta))]);
+        keys.extend(scaling(rope)?);
+    }
+    Ok(keys)
+}
+
+/// Width of the MLP of a layer without experts, or of a single expert.
+fn dense_width(layer: &LayerSpec) -> usize {
+    let mlp = layer.experts.as_ref().map(|e| &e.mlp).or(layer.mlp.as_ref());
+    mlp.map_or(0, |mlp| mlp.width)
+}
+
+fn scaling(rope: &Rope) -> Result<Vec<(&'static str, Value)>, &'static str> {
+    let text = |s: &str| Value::String(s.into());
+    Ok(match rope.scaling {
+        // Llama 3's is a tensor of its own.
+        RopeScaling::None | RopeScaling::Llama3 { .. } => Vec::new(),
+        RopeScaling::Linear { factor } => {
+            vec![("rope.scaling.type", text("linear")), ("rope.scaling.factor", float(factor))]
+        }
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, attention_factor, truncate: true } => {
+            let mut keys = vec![
+                ("rope.scaling.type", text("yarn")),
+                ("rope.scaling.factor", float(factor)),
+                ("rope.scaling.original_context_length", Value::Unsigned(original_context as u64)),
+            ];
+            // Readers take YaRN's own factor and these numbers where the file does not say.
+            let extra = attention_factor / yarn_attention(factor, 1.0);
+            if !near(extra, 1.0) {
+                keys.push(("rope.scaling.attn_factor", float(extra)));
+            }
+            if (beta_fast, beta_slow) != (32.0, 1.0) {
+                keys.push(("rope.scaling.yarn_beta_fast", float(beta_fast)));
+                keys.push(("rope.scaling.yarn_beta_slow", float(beta_slow)));
+            }
+            keys
+        }
+        _ => return Err("scaling of rotary positions"),
+    })
+}
+
+/// `spec` with what the other form has otherwise, as `read` has it.
+pub(super) fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
+    let mut meant = spec.clone();
+    meant.family = read.family;
+    meant.norm.weight_offset = read.norm.weight_offset;
+    for (rope, read) in meant.ropes.iter_mut().zip(&read.ropes) {
+        rope.layout = read.layout;
+        if matches!(rope.scaling, RopeScaling::Llama3 { .. }) && read.scaling == RopeScaling::Stored {
+            rope.scaling = RopeScaling::Stored;
+        }
+    }
+    meant
+}
+
+/// The first thing in which two specs differ.
+pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
+    let layers = |same: fn(&LayerSpec, &LayerSpec) -> bool| {
+        a.layers.len() == b.layers.len() && a.layers.iter().zip(&b.layers).all(|(a, b)| same(a, b))
+    };
+    let checks = [
+        ("sizes", {
+            let of = |s: &ModelSpec| {
+                [s.vocab_size, s.hidden_size, s.context_length, s.heads, s.kv_heads, s.head_dim, s.layers.len()]
+            };
+            of(a) == of(b)
+        }),
+        ("norms", a.norm == b.norm && a.placement == b.placement),
+        ("norms of queries and keys", a.qk_norm == b.qk_norm),
+        ("order of attention and MLP", a.branches == b.branches),
+        ("biases", a.bias == b.bias),
+        ("rotary positions", a.ropes == b.ropes && layers(|a, b| a.rope == b.rope)),
+        ("attention window", windows(a).eq(windows(b))),
+        ("MLP width", layers(|a, b| dense_width(a) == dense_width(b))),
+        ("experts", layers(|a, b| a.experts == b.experts)),
+        ("activation", layers(|a, b| a.mlp == b.mlp)),
+        ("attention scale", a.attention_scale == b.attention_scale && a.attention_softcap == b.attention_softcap),
+        ("scales of embeddings and branches", {
+            a.embedding_scale == b.embedding_scale && a.residual_scale == b.residual_scale
+        }),
+        ("scale of logits", near(a.logit_scale, b.logit_scale) && a.logit_softcap == b.logit_softcap),
+        ("head", a.tied_head == b.tied_head),
+    ];
+    let found = checks.iter().find(|(_, same)| !same).map(|(what, _)| *what);
+    // A switch that is not in the list must not pass for equal.
+    let mut rest = a.clone();
+    rest.logit_scale = b.logit_scale;
+    found.or((rest != *b).then_some("shape"))
+}
+
+fn windows(spec: &ModelSpec) -> impl Iterator<Item = Option<usize>> {
+    spec.layers.iter().map(|l| l.window)
+}
+
+fn float(x: f32) -> Value {
+    Value::Float(f64::from(x))
+}
+
+fn near(a: f32, b: f32) -> bool {
+    (a - b).abs() <= 1e-6 * b.abs()
+}

@@ -1,0 +1,118 @@
+//! Directories turned into GGUF files: the same model, the same tokens.
+
+#[allow(dead_code)]
+mod golden;
+
+use golden::{best, check_golden, ids, json, options, shared};
+use rushlight::engine::Engine;
+use rushlight_models::checkpoint::gguf::Writer;
+use rushlight_models::checkpoint::{Checkpoint, TensorInfo};
+use rushlight_models::convert::{Conversion, Directory, to_gguf, to_huggingface};
+use rushlight_models::tokenizer::{ChatTemplate, Specials, Tokenizer};
+use rushlight_quant::formats::Format;
+use std::path::Path;
+
+/// Writes the GGUF file of the directory `source` to `path`, every matrix in f32.
+fn convert(source: &Path, path: &Path) -> Conversion {
+    let checkpoint = Checkpoint::open(source).unwrap();
+    let conversion = to_gguf(&checkpoint).unwrap();
+    let infos = conversion.tensors.iter().map(|t| TensorInfo { format: Format::F32, ..t.info() });
+    let mut writer = Writer::create(path, &conversion.metadata, &infos.collect::<Vec<_>>()).unwrap();
+    for tensor in &conversion.tensors {
+        let data = tensor.data(&checkpoint).unwrap();
+        let mut values = vec![0.0f32; tensor.info().elements().unwrap()];
+        tensor.format.decode(&data, &mut values);
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        writer.write(&tensor.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    conversion
+}
+
+#[test]
+fn every_family_gives_the_same_logits_as_gguf() {
+    let out = tempfile::tempdir().unwrap();
+    let names = "llama llama-rope3 llama-rope3-v5config llama-tied-bias llama-linear-rope llama-yarn \
+                 llama-sharded-bf16 llama-sharded-f16 yi mistral qwen2 qwen2-tied";
+    for name in names.split_whitespace() {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let path = out.path().join(format!("{name}.gguf"));
+        convert(&dir, &path);
+        check_golden(&mut Engine::open(&path, &options(&[])).unwrap(), &dir.join("golden.json"), name);
+    }
+}
+
+/// Writes the GGUF file `source` as a directory.
+fn convert_back(source: &Path, dir: &Path) {
+    let checkpoint = Checkpoint::open(source).unwrap();
+    let Directory { config, tensors } = to_huggingface(&checkpoint).unwrap();
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for tensor in &tensors {
+        assert_eq!(tensor.format, Format::F32);
+        let start = data.len();
+        data.extend_from_slice(&tensor.data(&checkpoint).unwrap());
+        let about = serde_json::json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, data.len()]});
+        header.insert(tensor.name.clone(), about);
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
+    std::fs::write(dir.join("model.safetensors"), file).unwrap();
+}
+
+#[test]
+fn every_family_comes_back_from_gguf() {
+    let out = tempfile::tempdir().unwrap();
+    let names = "llama llama-rope3 llama-tied-bias llama-linear-rope llama-yarn yi mistral qwen2 qwen2-tied";
+    for name in names.split_whitespace() {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let (file, back) = (out.path().join(format!("{name}.gguf")), out.path().join(name));
+        convert(&dir, &file);
+        if name == "llama-rope3" {
+            // Its original context is not one that a model in use has, so the factors are nobody's rule.
+            let error = to_huggingface(&Checkpoint::open(&file).unwrap()).err().unwrap().to_string();
+            assert!(error.contains("not Llama 3's"), "{error}");
+            continue;
+        }
+        convert_back(&file, &back);
+        check_golden(&mut Engine::open(&back, &options(&[])).unwrap(), &dir.join("golden.json"), name);
+        let (own, config) = (json(&dir.join("config.json")), json(&back.join("config.json")));
+        assert_eq!((&own["model_type"], &own["architectures"]), (&config["model_type"], &config["architectures"]));
+    }
+    let Some(dir) = shared("fixtures/families/llama") else { return };
+    let error = to_huggingface(&Checkpoint::open(&dir).unwrap()).err().unwrap().to_string();
+    assert!(error.contains("needs no conversion"), "{error}");
+}
+
+#[test]
+fn a_real_model_keeps_its_words() {
+    let Some(dir) = shared("models/stories260K-hf") else { return };
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("stories.gguf");
+    assert_eq!(convert(&dir, &path).notes, Vec::<String>::new());
+    let reference = json(&dir.join("greedy_reference.json"));
+    let mut engine = Engine::open(&path, &options(&[])).unwrap();
+    let mut last = engine.prompt(0, &ids(&reference["prompt_ids"]), &mut |_| true).unwrap().to_vec();
+    let told = (0..60).map(|_| {
+        let id = best(&last);
+        last = engine.step(&[(0, id)]).unwrap().to_vec();
+        id
+    });
+    assert_eq!(told.collect::<Vec<_>>(), ids(&reference["greedy_ids"])[1..61]);
+}
+
+#[test]
+fn a_real_tokenizer_and_its_template_stay_the_same() {
+    let Some(dir) = shared("models/stories15M-hf") else { return };
+    let conversion = to_gguf(&Checkpoint::open(&dir).unwrap()).unwrap();
+    let (own, file) = (Tokenizer::open(&dir).unwrap(), Path::new("stories.gguf"));
+    let back = Tokenizer::from_gguf(&conversion.metadata, file).unwrap();
+    let text = "Once upon a time, there was a little girl named Lily.\n  She had 3 dogs & a caf\u{e9} \u{1f680}! \u{4f60}\u{597d}";
+    let tokens = own.encode(text, Specials::AsText).unwrap();
+    assert_eq!(tokens, back.encode(text, Specials::AsText).unwrap());
+    assert!(tokens.len() > 20 && own.add_bos() && back.add_bos());
+    let source = json(&dir.join("tokenizer_config.json"))["chat_template"].as_str().unwrap().to_owned();
+    assert_eq!(conversion.metadata.str("tokenizer.chat_template"), Some(source.as_str()));
+    assert!(ChatTemplate::from_gguf(&conversion.metadata, file).unwrap().is_some());
+}
