@@ -652,7 +652,8 @@ impl<'a> Finder<'a> {
         let packed = packed_in(role, spec)
             .and_then(|packed| self.family.name(self.naming, packed, layer).map(|_| (packed, self.name(packed, layer))))
             .filter(|(packed, name)| {
-                self.family.names_itself(self.naming, *packed) || own.as_ref().is_none_or(|own| !has(own) && has(name))
+                let itself = self.family.names_itself(self.naming, *packed);
+                own.as_ref().is_none_or(|own| (itself || !has(own)) && (has(name) || itself && !has(own)))
             });
         if let Some((packed, name)) = packed {
             let parts = parts(packed, self.family.packing(self.naming, packed), spec, layer);

@@ -237,7 +237,7 @@ fn what_metadata_must_not_say() {
         (
             "general.architecture",
             string("phantom"),
-            "'phantom' is not supported; the supported ones are llama, qwen2, qwen2moe",
+            "'phantom' is not supported; the supported ones are llama, qwen, qwen2, qwen2moe",
         ),
         ("general.architecture", string("qwen2"), "qwen2.embedding_length is missing"),
         ("llama.block_count", Value::Unsigned(2), "blk.1.ffn_down.weight"),
@@ -349,4 +349,43 @@ fn reordering_there_and_back_changes_nothing() {
     assert_eq!(there[..12], [0, 4, 1, 5, 2, 6, 3, 7, 8, 9, 10, 11]);
     let back = reorder(24, 12, 8, RopeLayout::Interleaved, RopeLayout::Half);
     assert!((0..24).all(|i| there[back[i]] == i));
+}
+
+/// docs/families.md as the registry has it. With RUSHLIGHT_WRITE_DOCS set it is written, otherwise compared.
+#[test]
+fn the_list_of_families_is_the_registry() {
+    let code = |names: &[&str]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let mut text = String::from(
+        "# Families\n\nEvery family of models that Rushlight reads, from Hugging Face directories and, where an architecture is \
+         named, from GGUF.\nThis page is written by a test from the list in `models/src/families/mod.rs`; \
+         [adding-a-family.md](adding-a-family.md) says how to\nadd one. Adapters name the linear layers as the family's own \
+         files do.\n\n\
+         | family | `model_type` | GGUF architecture | linear layers |\n| --- | --- | --- | --- |\n",
+    );
+    for family in FAMILIES {
+        let gguf = family.gguf.map_or("none".into(), |g| code(&[g.architecture]));
+        let targets = code(&family.targets());
+        text += &format!("| {} | {} | {gguf} | {targets} |\n", family.name, code(family.model_types));
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md");
+    if std::env::var_os("RUSHLIGHT_WRITE_DOCS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        there, text,
+        "write it anew: RUSHLIGHT_WRITE_DOCS=1 cargo test -p rushlight-models the_list_of_families"
+    );
+}
+
+#[test]
+fn no_two_families_answer_to_one_name() {
+    for (i, a) in FAMILIES.iter().enumerate() {
+        for b in &FAMILIES[..i] {
+            assert_ne!(a.name, b.name);
+            let shared = a.model_types.iter().any(|t| b.model_types.contains(t));
+            // Two generations of ChatGLM say the same and differ in their fields.
+            assert!(!shared || (a.name, b.name) == ("chatglm2", "chatglm"), "{} and {}", a.name, b.name);
+        }
+    }
 }

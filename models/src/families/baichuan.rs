@@ -53,8 +53,8 @@ fn normed_head(config: &Config<'_>, distances: bool, vocab_size: usize) -> bool 
 
 fn use_distances(spec: &mut ModelSpec) {
     spec.alibi = Some(Alibi::new(spec.heads));
+    // The embedding stays, unused: by it rows of queries and keys change places in GGUF, here as in the 7B models.
     spec.layers.iter_mut().for_each(|layer| layer.rope = None);
-    spec.ropes.clear();
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {

@@ -24,7 +24,7 @@ pub(super) static FAMILY: Family = Family {
         (Role::Down, "transformer.h.{}.mlp.dense_4h_to_h"),
     ],
     base: &[],
-    gguf: Some(Gguf { architecture: "bloom", from_keys, names: &[], reordered: false }),
+    gguf: Some(Gguf { architecture: "bloom", from_keys, names: &[(Role::Qkv, "blk.{}.attn_qkv")], reordered: false }),
     qkv: Packing::Grouped,
     ..PLAIN
 };

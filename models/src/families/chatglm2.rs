@@ -26,13 +26,15 @@ pub(super) static FAMILY: Family = Family {
         (Role::PrefixOut, "transformer.prefix_encoder.trans.2"),
     ],
     base: &[],
-    gguf: Some(Gguf {
-        architecture: "chatglm",
-        from_keys,
-        names: &[(Role::GateUp, "blk.{}.ffn_up")],
-        reordered: false,
-    }),
+    gguf: Some(GGUF),
     ..PLAIN
+};
+
+pub(super) const GGUF: Gguf = Gguf {
+    architecture: "chatglm",
+    from_keys,
+    names: &[(Role::Qkv, "blk.{}.attn_qkv"), (Role::GateUp, "blk.{}.ffn_up")],
+    reordered: false,
 };
 
 const GLM: Fields = Fields {

@@ -1,8 +1,8 @@
 //! DeepSeek-V2 and V3: keys and values from a latent vector, many small experts, some of them shared.
 
-use super::{Config, FIELDS, Family, Fields, NAMES, Names, PLAIN, Role};
+use super::{Config, FIELDS, Family, Fields, Gguf, Keys, NAMES, Names, PLAIN, Role};
 use crate::Result;
-use crate::spec::{Biases, Experts, Groups, Latent, Mlp, ModelSpec, Norm, NormKind, Routing};
+use crate::spec::{Biases, Experts, Groups, Latent, Mlp, ModelSpec, Norm, NormKind, RopeScaling, Routing};
 use rushlight_quant::ops::RopeLayout;
 
 pub(super) static V2: Family = Family {
@@ -12,6 +12,7 @@ pub(super) static V2: Family = Family {
     from_config: v2_from_config,
     names: NAMES_OF_LATENT,
     base: NAMES,
+    gguf: Some(GGUF),
     ..PLAIN
 };
 
@@ -22,7 +23,15 @@ pub(super) static V3: Family = Family {
     from_config: v3_from_config,
     names: NAMES_OF_LATENT,
     base: NAMES,
+    gguf: Some(GGUF),
     ..PLAIN
+};
+
+const GGUF: Gguf = Gguf {
+    architecture: "deepseek2",
+    from_keys,
+    names: &[(Role::Q, "blk.{}.attn_q_b"), (Role::Q, "blk.{}.attn_q")],
+    reordered: false,
 };
 
 const NAMES_OF_LATENT: Names = &[
@@ -103,4 +112,42 @@ fn v3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
         let groups = groups(config, 2)?;
         Ok(Experts { routing: Routing::Sigmoid, choice_bias: true, groups, ..experts })
     })
+}
+
+fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
+    if keys.usize_opt("attention.key_length_mla")?.is_some() {
+        return Err(
+            keys.error("files with the latent vectors' matrices in two parts (attn_k_b, attn_v_b) are not supported")
+        );
+    }
+    let mut spec = keys.decoder("deepseek", RopeLayout::Interleaved)?;
+    // All heads have keys of their own, though files may say one.
+    spec.kv_heads = spec.heads;
+    let rotated = spec.ropes[0].dim;
+    spec.ropes[0].first = spec.head_dim.saturating_sub(rotated);
+    let norm = Norm { kind: NormKind::Rms, eps: 1e-6, weight_offset: 0.0 };
+    let query = keys.usize_opt("attention.q_lora_rank")?.filter(|&n| n > 0);
+    spec.latent = Some(Latent { query, kv: keys.usize("attention.kv_lora_rank")?, rotated, norm });
+    // The file has a tenth of mscale_all_dim, by which the logarithm of the stretch is multiplied.
+    if let (Some(log), RopeScaling::Yarn { factor, attention_factor, .. }) =
+        (keys.f32_opt("rope.scaling.yarn_log_multiplier")?, &mut spec.ropes[0].scaling)
+    {
+        spec.attention_scale *= (log * factor.ln() + 1.0).powi(2);
+        *attention_factor = 1.0;
+    }
+    let scale = keys.f32_opt("expert_weights_scale")?.filter(|&s| s != 0.0).unwrap_or(1.0);
+    let renormalise = keys.bool_opt("expert_weights_norm")?.unwrap_or(false);
+    let choice_bias = keys.has_tensor_ending(".exp_probs_b.bias");
+    // Without the key, the number of groups that DeepSeek-V3 has is not in the file.
+    let (routing, best) = match keys.usize_opt("expert_gating_func")?.unwrap_or(1) {
+        2 => (Routing::Sigmoid, 2),
+        _ => (Routing::Softmax, 1),
+    };
+    let (count, used) = (keys.usize_opt("expert_group_count")?, keys.usize_opt("expert_group_used_count")?);
+    let groups = count.zip(used).map(|(count, used)| Groups { count, used, best });
+    let width = keys.usize_opt("expert_feed_forward_length")?.unwrap_or(0);
+    let shared = keys.usize_opt("expert_shared_count")?.filter(|&n| n > 0).map(|n| n.saturating_mul(width));
+    let change = |_, experts| Experts { scale, renormalise, choice_bias, routing, groups, ..experts };
+    keys.mix(&mut spec, change, shared)?;
+    Ok(spec)
 }

@@ -34,7 +34,12 @@ pub(super) static FAMILY: Family = Family {
 const GGUF: Gguf = Gguf {
     architecture: "falcon",
     from_keys,
-    names: &[(Role::AttentionNorm, "blk.{}.attn_norm_2"), (Role::MlpNorm, "blk.{}.attn_norm")],
+    names: &[
+        (Role::AttentionNorm, "blk.{}.attn_norm_2"),
+        (Role::AttentionNorm, "blk.{}.attn_norm"),
+        (Role::MlpNorm, "blk.{}.attn_norm"),
+        (Role::Qkv, "blk.{}.attn_qkv"),
+    ],
     reordered: false,
 };
 

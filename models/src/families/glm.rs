@@ -1,7 +1,7 @@
 //! GLM-4 in the layout of transformers: half of each head rotated, pairs side by side, gate and up packed. The versions of
 //! 2025 norm the branches' outputs too.
 
-use super::{Config, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role};
+use super::{Config, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role, chatglm2};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec, Placement};
 use rushlight_quant::ops::RopeLayout;
@@ -12,6 +12,7 @@ pub(super) static FAMILY: Family = Family {
     architectures: &["GlmForCausalLM"],
     from_config,
     names: &[(Role::GateUp, "model.layers.{}.mlp.gate_up_proj")],
+    gguf: Some(Gguf { names: &[(Role::GateUp, "blk.{}.ffn_up")], ..chatglm2::GGUF }),
     ..PLAIN
 };
 

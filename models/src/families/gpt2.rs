@@ -12,7 +12,7 @@ pub(super) static FAMILY: Family = Family {
     from_config: |config| from_config(config, "gpt2"),
     names: NAMES,
     base: &[],
-    gguf: Some(Gguf { architecture: "gpt2", from_keys, names: &[], reordered: false }),
+    gguf: Some(Gguf { architecture: "gpt2", from_keys, names: &[(Role::Qkv, "blk.{}.attn_qkv")], reordered: false }),
     ignored: IGNORED_MASKS,
     transposed: &[Role::Qkv, Role::O, Role::Up, Role::Down],
     ..PLAIN

@@ -1,6 +1,6 @@
 //! SantaCoder and StarCoder: GPT-2 with a single key head.
 
-use super::{Config, Family, Gguf, IGNORED_MASKS, Keys, PLAIN, gpt2};
+use super::{Config, Family, Gguf, IGNORED_MASKS, Keys, PLAIN, Role, gpt2};
 use crate::Result;
 use crate::packing::Packing;
 use crate::spec::ModelSpec;
@@ -12,7 +12,12 @@ pub(super) static FAMILY: Family = Family {
     from_config,
     names: gpt2::NAMES,
     base: &[],
-    gguf: Some(Gguf { architecture: "starcoder", from_keys, names: &[], reordered: false }),
+    gguf: Some(Gguf {
+        architecture: "starcoder",
+        from_keys,
+        names: &[(Role::Qkv, "blk.{}.attn_qkv")],
+        reordered: false,
+    }),
     ignored: IGNORED_MASKS,
     qkv: Packing::Grouped,
     ..PLAIN

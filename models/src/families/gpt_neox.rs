@@ -23,7 +23,7 @@ pub(super) static FAMILY: Family = Family {
         (Role::Down, "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
     ],
     base: &[],
-    gguf: Some(Gguf { architecture: "gptneox", from_keys, names: &[], reordered: false }),
+    gguf: Some(Gguf { architecture: "gptneox", from_keys, names: &[(Role::Qkv, "blk.{}.attn_qkv")], reordered: false }),
     ignored: IGNORED_MASKS,
     qkv: Packing::Grouped,
     ..PLAIN

@@ -1,12 +1,18 @@
 //! Helium: llama with pairs of rotated values side by side.
 
-use super::{Config, FIELDS, Family, Fields, PLAIN};
+use super::{Config, FIELDS, Family, Fields, Gguf, PLAIN, llama};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
 
-pub(super) static FAMILY: Family =
-    Family { name: "helium", model_types: &["helium"], architectures: &["HeliumForCausalLM"], from_config, ..PLAIN };
+pub(super) static FAMILY: Family = Family {
+    name: "helium",
+    model_types: &["helium"],
+    architectures: &["HeliumForCausalLM"],
+    from_config,
+    gguf: Some(Gguf { reordered: false, ..llama::GGUF }),
+    ..PLAIN
+};
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let (attention, mlp) = (config.bool_or("attention_bias", false)?, config.bool_or("mlp_bias", false)?);

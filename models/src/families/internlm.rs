@@ -1,6 +1,6 @@
 //! InternLM (the first): llama with biases around attention.
 
-use super::{Config, Family, PLAIN};
+use super::{Config, Family, PLAIN, llama};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec};
 
@@ -9,6 +9,7 @@ pub(super) static FAMILY: Family = Family {
     model_types: &["internlm"],
     architectures: &["InternLMForCausalLM"],
     from_config,
+    gguf: Some(llama::GGUF),
     ..PLAIN
 };
 

@@ -30,6 +30,18 @@ impl<'a> Keys<'a> {
         self.checkpoint.find(name).is_some()
     }
 
+    /// Whether the file has a tensor whose name ends like this.
+    pub fn has_tensor_ending(&self, end: &str) -> bool {
+        self.checkpoint.tensors().iter().any(|t| t.name.ends_with(end))
+    }
+
+    /// The values of the vector `name`.
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.checkpoint.tensor(name)?;
+        let values = super::floats(tensor.info.format, &tensor.data);
+        values.ok_or_else(|| self.error(format!("{name} is stored as {}, not in floating point", tensor.info.format)))
+    }
+
     /// Whether layer 0 (or the model) has a bias for `role`: GGUF says so by the tensor alone.
     pub fn has_bias(&self, role: Role) -> bool {
         self.has_part(role, "bias")
@@ -175,6 +187,17 @@ impl<'a> Keys<'a> {
             None => "none",
         };
         let scaling = match kind {
+            _ if self.has_tensor("rope_factors_long.weight") => {
+                let original = self.usize("rope.scaling.original_context_length")?;
+                let stretch = context_length as f32 / original as f32;
+                let usual = if stretch > 1.0 { (1.0 + stretch.ln() / (original as f32).ln()).sqrt() } else { 1.0 };
+                RopeScaling::Long {
+                    short: self.vector("rope_factors_short.weight")?,
+                    long: self.vector("rope_factors_long.weight")?,
+                    original_context: original,
+                    attention_factor: self.f32_opt("rope.scaling.attn_factor")?.unwrap_or(usual),
+                }
+            }
             "none" if stored => RopeScaling::Stored,
             "none" => RopeScaling::None,
             "linear" | "yarn" if stored => {
@@ -216,12 +239,6 @@ impl<'a> Keys<'a> {
             })?,
         };
         let value_dim = self.usize_opt("attention.value_length")?.unwrap_or(head_dim);
-        if value_dim != head_dim {
-            return Err(self.error(format!(
-                "keys of {head_dim} and values of {value_dim} are not supported for {}",
-                self.architecture
-            )));
-        }
         let layers = self.usize("block_count")?;
         if layers > MOST_LAYERS {
             return Err(self.error(format!("block_count is {layers}; more than {MOST_LAYERS} are not believed")));
@@ -237,7 +254,7 @@ impl<'a> Keys<'a> {
             None => (NormKind::Rms, self.f32("attention.layer_norm_rms_epsilon")?),
         };
         let width = self.usize("feed_forward_length")?;
-        Ok(Basics {
+        let spec = Basics {
             family,
             vocab_size,
             hidden_size,
@@ -251,6 +268,7 @@ impl<'a> Keys<'a> {
             rope: self.rope(head_dim, context_length, layout)?,
             tied_head: !self.has_tensor("output.weight"),
         }
-        .spec())
+        .spec();
+        Ok(ModelSpec { value_dim, ..spec })
     }
 }

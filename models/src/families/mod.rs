@@ -226,10 +226,10 @@ pub static FAMILIES: &[&Family] = &[
     &gemma::GEMMA3,
     &phi::FAMILY,
     &phi3::FAMILY,
-    &glm::FAMILY,
-    &glm::GLM4,
     &chatglm::FAMILY,
     &chatglm2::FAMILY,
+    &glm::FAMILY,
+    &glm::GLM4,
     &baichuan::FAMILY,
     &internlm::FAMILY,
     &internlm2::FAMILY,
@@ -280,6 +280,40 @@ impl Family {
     pub fn stacked(&self, naming: Naming, role: Role) -> bool {
         let pattern = self.patterns(naming).find(|(r, _)| *r == role.of_expert(0));
         role.expert().is_some() && pattern.is_some_and(|(_, name)| name.matches("{}").count() < 2)
+    }
+
+    /// What the family's own files call its linear layers, the last part of each name: what adapters are made for.
+    pub fn targets(&self) -> Vec<&'static str> {
+        let other = |role: Role| {
+            use Role::*;
+            matches!(role, Embedding | Positions | FinalNorm | EmbeddingNorm | AttentionNorm | AttentionPostNorm)
+                || matches!(role, MlpNorm | MlpPostNorm | QNorm | KNorm | QLatentNorm | KvLatentNorm | Head | Router)
+                || matches!(role, ChoiceBias | Sinks | SharedRouter | Prefix | PrefixIn | PrefixOut)
+        };
+        let own = |role: Role| self.names_itself(Naming::HuggingFace, role);
+        let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
+        // Whether the family has something else in the place of what its base names.
+        let replaced = |role: Role| {
+            let experts = self.names.iter().find(|(r, _)| *r == Role::ExpertDown(0));
+            let mixed = experts.is_some_and(|(_, other)| last(other) != last("mlp.down_proj"));
+            own(role)
+                || match role {
+                    Role::Q => own(Role::Qkv),
+                    Role::K | Role::V => own(Role::Qkv) || own(Role::KvLatent),
+                    Role::Gate => own(Role::GateUp) || own(Role::ExpertGateUp(0)) || own(Role::Up) || mixed,
+                    Role::Up => own(Role::GateUp) || own(Role::ExpertGateUp(0)) || mixed,
+                    Role::Down => mixed,
+                    _ => false,
+                }
+        };
+        let base = self.base.iter().filter(|(role, _)| !replaced(*role));
+        let mut targets = Vec::new();
+        for &(role, name) in self.names.iter().chain(base) {
+            if !other(role) && !targets.contains(&last(name)) {
+                targets.push(last(name));
+            }
+        }
+        targets
     }
 
     /// How the packed matrix `role` holds its parts.
@@ -472,8 +506,12 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
             };
             let forms = || FAMILIES.iter().filter_map(|f| Some((*f, f.gguf?)));
             let (family, form) = forms().find(|(_, g)| g.architecture == name).ok_or_else(|| {
-                let mut known: Vec<&str> = forms().map(|(_, g)| g.architecture).collect();
-                known.dedup();
+                let mut known: Vec<&str> = Vec::new();
+                forms().for_each(|(_, g)| {
+                    if !known.contains(&g.architecture) {
+                        known.push(g.architecture)
+                    }
+                });
                 unknown(checkpoint, name, &known)
             })?;
             Ok((family, (form.from_keys)(&Keys::new(checkpoint, metadata, name))?))

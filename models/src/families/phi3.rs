@@ -11,7 +11,12 @@ pub(super) static FAMILY: Family = Family {
     architectures: &["Phi3ForCausalLM"],
     from_config,
     names: &[(Role::Qkv, "model.layers.{}.self_attn.qkv_proj"), (Role::GateUp, "model.layers.{}.mlp.gate_up_proj")],
-    gguf: Some(Gguf { architecture: "phi3", from_keys, names: &[(Role::GateUp, "blk.{}.ffn_up")], reordered: false }),
+    gguf: Some(Gguf {
+        architecture: "phi3",
+        from_keys,
+        names: &[(Role::Qkv, "blk.{}.attn_qkv"), (Role::GateUp, "blk.{}.ffn_up")],
+        reordered: false,
+    }),
     ..PLAIN
 };
 

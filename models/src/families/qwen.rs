@@ -1,9 +1,9 @@
 //! The first Qwen: packed queries, keys and values, logn attention and a rotary base that grows with the prompt.
 
-use super::{ALL, Config, Defaults, FIELDS, Family, Fields, PLAIN, Role};
+use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec, RopeScaling};
-use rushlight_quant::ops::Activation;
+use rushlight_quant::ops::{Activation, RopeLayout};
 
 pub(super) static FAMILY: Family = Family {
     name: "qwen",
@@ -23,6 +23,7 @@ pub(super) static FAMILY: Family = Family {
         (Role::Down, "transformer.h.{}.mlp.c_proj"),
     ],
     base: &[],
+    gguf: Some(Gguf { architecture: "qwen", from_keys, names: &[(Role::Qkv, "blk.{}.attn_qkv")], reordered: false }),
     ..PLAIN
 };
 
@@ -48,6 +49,17 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     }
     if config.bool_or("use_logn_attn", true)? {
         spec.logn = Some(trained);
+    }
+    Ok(spec)
+}
+
+/// Files have neither logn attention nor a growing base, which only sequences beyond the trained length need; and they
+/// count both halves of the MLP.
+fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
+    let mut spec = keys.decoder("qwen", RopeLayout::Half)?;
+    spec.bias = Biases { qkv: true, ..Biases::default() };
+    for mlp in spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()) {
+        mlp.width /= 2;
     }
     Ok(spec)
 }
