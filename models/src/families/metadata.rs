@@ -218,6 +218,9 @@ fn plain(spec: &ModelSpec, architecture: &str) -> Result<Vec<(&'static str, Valu
         keys.push(("attention.kv_lora_rank", count(latent.kv)));
         keys.extend(latent.query.map(|n| ("attention.q_lora_rank", count(n))));
     }
+    if architecture == "command-r" {
+        keys.push(("logit_scale", float(spec.logit_scale)));
+    }
     if architecture == "gptneox" {
         keys.push(("use_parallel_residual", Value::Bool(spec.branches == Branches::Parallel)));
     }
@@ -226,7 +229,10 @@ fn plain(spec: &ModelSpec, architecture: &str) -> Result<Vec<(&'static str, Valu
     let main = main.and_then(|l| spec.ropes.get(l.rope?)).or(spec.ropes.first());
     if let Some(rope) = main {
         keys.extend([("rope.dimension_count", count(rope.dim)), ("rope.freq_base", float(rope.theta))]);
-        keys.extend(scaling(rope)?);
+        let mut scaling = scaling(rope)?;
+        // DeepSeek's factor on cosine and sine is 1, which readers conclude from the multiplier of the logarithm.
+        scaling.retain(|(key, _)| spec.latent.is_none() || *key != "rope.scaling.attn_factor");
+        keys.extend(scaling);
     }
     Ok(keys)
 }
@@ -317,6 +323,12 @@ pub(super) fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
         rope.layout = read.layout;
         if matches!(rope.scaling, RopeScaling::Llama3 { .. }) && read.scaling == RopeScaling::Stored {
             rope.scaling = RopeScaling::Stored;
+        }
+        // These too are tensors.
+        if let (RopeScaling::Long { short, long, .. }, RopeScaling::Long { short: s, long: l, .. }) =
+            (&mut rope.scaling, &read.scaling)
+        {
+            (short.clone_from(s), long.clone_from(l));
         }
     }
     meant
