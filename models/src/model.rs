@@ -468,6 +468,12 @@ impl<'a> Finder<'a> {
                     }
                     Some(Rotary::new(rope, Some(&factors)))
                 }
+                // The description has read them; here they are found to have a place, and the right size.
+                RopeScaling::Long { .. } if self.naming == Naming::Gguf => {
+                    let roles = [Role::RopeFactorsShort, Role::RopeFactorsLong];
+                    let found = roles.map(|role| self.vector(&self.name(role, 0), &[rope.dim / 2]).is_some());
+                    found.iter().all(|&found| found).then(|| Rotary::new(rope, None))
+                }
                 _ => Some(Rotary::new(rope, None)),
             })
             .collect::<Vec<_>>();

@@ -249,7 +249,7 @@ fn what_metadata_must_not_say() {
         ("llama.attention.head_count", Value::Unsigned(0), "attention.head_count 0"),
         ("llama.attention.head_count", Value::Unsigned(3), "not a multiple"),
         ("llama.attention.head_count_kv", Value::Unsigned(0), "key/value heads is 0"),
-        ("llama.attention.key_length", Value::Unsigned(2), "values of"),
+        ("llama.attention.key_length", Value::Unsigned(2), "blk.0.attn_q.weight should be [4, 8] but is [8, 8]"),
         ("llama.rope.dimension_count", Value::Unsigned(5), "5 rotated values"),
         ("llama.rope.scaling.type", string("mystic"), "'mystic'"),
         ("llama.rope.scaling.type", string("linear"), "factor is missing"),

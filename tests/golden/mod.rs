@@ -1,4 +1,6 @@
 //! Reference data and the comparison with it.
+// Each test takes what it needs.
+#![allow(dead_code)]
 
 use rushlight::engine::{Engine, Options};
 use serde_json::Value as Json;

@@ -328,7 +328,8 @@ pub(super) fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
         if let (RopeScaling::Long { short, long, .. }, RopeScaling::Long { short: s, long: l, .. }) =
             (&mut rope.scaling, &read.scaling)
         {
-            (short.clone_from(s), long.clone_from(l));
+            short.clone_from(s);
+            long.clone_from(l);
         }
     }
     meant
