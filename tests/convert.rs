@@ -1,6 +1,5 @@
 //! Directories turned into GGUF files: the same model, the same tokens.
 
-#[allow(dead_code)]
 mod golden;
 
 use golden::{Steps, best, check, check_golden, ids, json, options, shared};

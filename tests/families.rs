@@ -1,6 +1,5 @@
 //! Every family on the reference checkpoints, and the adapters made for them.
 
-#[allow(dead_code)]
 mod golden;
 
 use golden::{Steps, check, options, shared};
