@@ -2,8 +2,10 @@
 //!
 //! See `docs/architecture.md`.
 
+pub mod calibrate;
 pub mod cli;
 pub mod engine;
 #[cfg(feature = "hub")]
 pub mod pull;
+pub mod quantize;
 pub mod store;

@@ -402,3 +402,96 @@ fn a_real_model_tells_its_story() {
     let text = home.ok(&["run", model, "--raw", "-p", "Once upon a time", "-n", "12", "--temp", "0"]);
     assert!(text.contains("there was a little girl"), "{text}");
 }
+
+#[test]
+fn a_model_beside_itself() {
+    let home = Home::new();
+    let text: String = (0..400).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect();
+    let file = home.write("text.txt", text);
+    let args = ["perplexity", "tiny", "-f", &file, "--ctx", "64", "--against", "tiny"];
+    let json = home.json(&[&args[..], &["--json"]].concat());
+    assert_eq!((json["kl"].as_f64(), json["same_top"].as_f64()), (Some(0.0), Some(1.0)));
+    assert_eq!(json["perplexity"], json["original"]["perplexity"]);
+    assert_eq!(json["tokens"].as_u64(), Some(6 * 31));
+    assert!(home.ok(&args).contains("same likeliest token 100.00 %"));
+    let error = home.error(&["perplexity", "tiny", "-f", &file, "--ctx", "64", "--against", "nothing-here"]);
+    assert!(error.contains("nothing-here"), "{error}");
+}
+
+#[test]
+fn imatrix_in_both_forms() {
+    use rushlight_models::checkpoint::imatrix::Imatrix;
+    let home = Home::new();
+    let file = home.write("text.txt", (0..300).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect::<String>());
+    let (new, old) = (home.path("i.gguf"), home.path("i.dat"));
+    for out in [&new, &old] {
+        let said = home.ok(&["imatrix", "tiny", "-f", &file, "--ctx", "64", "-o", out.to_str().unwrap()]);
+        assert!(said.contains("14 matrices, from 256 tokens"), "{said}");
+    }
+    let (new, old) = (Imatrix::read(&new).unwrap(), Imatrix::read(&old).unwrap());
+    assert_eq!((new.chunks, new.chunk_size, new.entries.len()), (4, 64, 14));
+    assert_eq!(new.entries["blk.1.ffn_down.weight"].counts, [256]);
+    for name in new.entries.keys() {
+        let (new, old) = (new.importance(name).unwrap(), old.importance(name).unwrap());
+        new.iter().zip(&old).for_each(|(a, b)| assert!((a - b).abs() <= 1e-6 * a && *a > 0.0, "{name}: {a} {b}"));
+    }
+    let short = home.write("short.txt", "ab");
+    let error = home.error(&["imatrix", "tiny", "-f", &short, "-o", "x.gguf", "--ctx", "64"]);
+    assert!(error.contains("has 2 tokens, fewer than the 64"), "{error}");
+}
+
+/// A text that a tiny model can be calibrated on: every byte comes, in many orders.
+fn some_text() -> String {
+    (0..6000u32).map(|i| char::from(32 + (i * i / 7 + i * 13) as u8 % 95)).collect()
+}
+
+#[test]
+fn gptq_loses_less_than_rounding_and_survives_being_killed() {
+    let home = Home::new();
+    let text = home.write("text.txt", some_text());
+    let out = |name: &str| home.path(name).to_str().unwrap().to_string();
+    let quantize = |name: &str, method: &str| {
+        let [command, model, kind, q4, how] = ["quantize", "tiny", "--type", "Q4_0", "--method"];
+        [command, model, kind, q4, how, method, "--calib", &text, "--pure", "-o", &out(name)].map(String::from)
+    };
+    let run = |args: &[String]| home.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    run(&quantize("rtn.gguf", "rtn"));
+    run(&quantize("gptq.gguf", "gptq"));
+    let kl = |name: &str| {
+        let json = home.json(&["perplexity", &out(name), "-f", &text, "--ctx", "128", "--against", "tiny", "--json"]);
+        json["kl"].as_f64().unwrap()
+    };
+    let (rounded, better) = (kl("rtn.gguf"), kl("gptq.gguf"));
+    assert!(better < 0.8 * rounded, "{better} against {rounded}");
+    assert!(!home.path("gptq.gguf.unfinished").exists());
+
+    let args = quantize("killed.gguf", "gptq");
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    for pause in [50, 150, 250, 350, 500] {
+        let mut child = home.command(&args).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(pause));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    home.ok(&[&args[..], &["--threads", "1"]].concat());
+    assert!(std::fs::read(home.path("killed.gguf")).unwrap() == std::fs::read(home.path("gptq.gguf")).unwrap());
+
+    let short = home.write("short.txt", "ab");
+    let error =
+        home.error(&["quantize", "tiny", "-o", &out("x.gguf"), "--method", "gptq", "--calib", &short, "--quiet"]);
+    assert!(error.contains("has 2 tokens, too few to calibrate on"), "{error}");
+    assert!(!home.path("x.gguf").exists() && !home.path("x.gguf.unfinished").exists());
+}
+
+#[test]
+fn formats_are_chosen_to_a_size() {
+    let home = Home::new();
+    let text = home.write("text.txt", some_text());
+    let out = home.path("out.gguf").to_str().unwrap().to_string();
+    let run = |bits: &str| home.json(&["quantize", "tiny", "-o", &out, "--bpw", bits, "--calib", &text, "--json"]);
+    let (small, large) = (run("8"), run("9"));
+    let bits = |json: &Value| json["bits_per_weight"].as_f64().unwrap();
+    assert!(bits(&small) <= 8.0 && bits(&large) <= 9.0 && bits(&small) < bits(&large), "{small} {large}");
+    let error = home.error(&["quantize", "tiny", "-o", &out, "--size", "20kB", "--calib", &text]);
+    assert!(error.contains("does not fit"), "{error}");
+}

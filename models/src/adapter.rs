@@ -469,7 +469,7 @@ fn gain(weight: &Weight, a: &Weight, b: &Weight, scale: f32, magnitude: Vec<f32>
     decode(a.format(), a.data(), &mut a_values);
     let (mut row, mut low) = (vec![0.0; cols], vec![0.0; rank]);
     let each = magnitude.into_iter().enumerate().map(|(o, m)| {
-        decode(weight.format(), weight.row(o), &mut row);
+        weight.decode_row(o, &mut row);
         decode(b.format(), b.row(o), &mut low);
         for (a, b) in a_values.chunks_exact(cols).zip(&low) {
             for (w, a) in row.iter_mut().zip(a) {

@@ -8,6 +8,15 @@ use crate::{Error, Result};
 /// Runs `batch` through every layer: the residual stream behind the last one, a row per token.
 pub fn hidden<B: Backend>(model: &Model, backend: &mut B, batch: &Batch<'_>) -> Result<B::Tensor> {
     backend.begin(model, batch)?;
+    let mut x = embed(model, backend, batch)?;
+    for i in 0..model.layers.len() {
+        x = layer(model, backend, i, x)?;
+    }
+    Ok(x)
+}
+
+/// The residual stream before the first layer, a row for each token of the batch that `backend` has begun.
+pub fn embed<B: Backend>(model: &Model, backend: &mut B, batch: &Batch<'_>) -> Result<B::Tensor> {
     let mut x = backend.embed(&model.embedding, batch.ids)?;
     x = scaled(backend, x, model.spec.embedding_scale)?;
     if let Some(table) = &model.positions {
@@ -15,13 +24,18 @@ pub fn hidden<B: Backend>(model: &Model, backend: &mut B, batch: &Batch<'_>) -> 
         let y = backend.embed(table, &positions)?;
         x = backend.add(x, y)?;
     }
-    if let Some(norm) = &model.embedding_norm {
-        x = backend.norm(&x, model.spec.hidden_size, &model.spec.norm, norm)?;
+    match &model.embedding_norm {
+        Some(norm) => backend.norm(&x, model.spec.hidden_size, &model.spec.norm, norm),
+        None => Ok(x),
     }
-    for (i, weights) in model.layers.iter().enumerate() {
-        x = Pass { model, layer: i, weights, backend }.layer(x)?;
-    }
-    Ok(x)
+}
+
+/// What layer `i` makes of the residual stream `x`, whose rows are those of the batch that `backend` has begun.
+///
+/// # Panics
+/// When the model has no layer `i`.
+pub fn layer<B: Backend>(model: &Model, backend: &mut B, i: usize, x: B::Tensor) -> Result<B::Tensor> {
+    Pass { model, layer: i, weights: &model.layers[i], backend }.layer(x)
 }
 
 /// The logits of rows of [`hidden`]: final norm and head.

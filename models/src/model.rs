@@ -12,6 +12,7 @@ use rushlight_quant::Matrix;
 use rushlight_quant::formats::Format;
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A matrix as its file stores it, usually in place.
 #[derive(Clone, Debug)]
@@ -20,12 +21,13 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     data: Bytes,
+    order: Option<Arc<[u32]>>,
 }
 
 impl Weight {
     /// `rows` packed rows of `cols` weights; `None` where `data` is not exactly that.
     pub fn new(format: Format, rows: usize, cols: usize, data: Bytes) -> Option<Weight> {
-        let weight = Weight { format, rows, cols, data };
+        let weight = Weight { format, rows, cols, data, order: None };
         (rows.checked_mul(format.row_bytes(cols)?)? == weight.data.len()).then_some(weight)
     }
 
@@ -61,14 +63,42 @@ impl Weight {
         &self.data[row * bytes..][..bytes]
     }
 
-    /// All of it in f32, row by row.
+    /// The same matrix, whose columns are stored in the order `order`: column `i` of a row is input `order[i]`. `None`
+    /// where that is no order of its columns.
+    pub fn with_order(self, order: Arc<[u32]>) -> Option<Weight> {
+        let mut seen = vec![false; self.cols];
+        let all = order.iter().all(|&i| seen.get_mut(i as usize).is_some_and(|seen| !std::mem::replace(seen, true)));
+        (all && order.len() == self.cols).then_some(Weight { order: Some(order), ..self })
+    }
+
+    /// The order in which columns are stored, where it is not their own (see [`Weight::with_order`]). Whoever multiplies
+    /// by [`Weight::matrix`] gathers the inputs in this order first.
+    pub fn order(&self) -> Option<&Arc<[u32]>> {
+        self.order.as_ref()
+    }
+
+    /// Decodes row `row`, its columns in their own order.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        match &self.order {
+            None => self.format.decode(self.row(row), out),
+            Some(order) => {
+                let mut stored = vec![0.0; self.cols];
+                self.format.decode(self.row(row), &mut stored);
+                for (&i, w) in order.iter().zip(stored) {
+                    out[i as usize] = w;
+                }
+            }
+        }
+    }
+
+    /// All of it in f32, row by row, columns in their own order.
     fn values(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows * self.cols];
-        (0..self.rows).for_each(|r| self.format.decode(self.row(r), &mut values[r * self.cols..][..self.cols]));
+        (0..self.rows).for_each(|r| self.decode_row(r, &mut values[r * self.cols..][..self.cols]));
         values
     }
 
-    /// What the kernels take.
+    /// What the kernels take: columns as they are stored.
     pub fn matrix(&self) -> Matrix<'_> {
         Matrix::new(self.format, self.rows, self.cols, &self.data).expect("the length was checked by `new`")
     }
@@ -77,7 +107,7 @@ impl Weight {
     pub fn row_range(&self, range: Range<usize>) -> Option<Weight> {
         let bytes = self.data.len().checked_div(self.rows)?;
         let data = self.data.slice(range.start.checked_mul(bytes)?..range.end.checked_mul(bytes)?)?;
-        Some(Weight { rows: range.len(), data, ..*self })
+        Some(Weight { rows: range.len(), data, order: self.order.clone(), ..*self })
     }
 
     /// A copy with rows and columns exchanged, stored alike; `None` for formats that are not floating point.
@@ -97,7 +127,7 @@ impl Weight {
         let mut row = vec![0.0f32; self.cols];
         let mut data = Vec::with_capacity(self.data.len());
         for r in 0..self.rows {
-            self.format.decode(self.row(r), &mut row);
+            self.decode_row(r, &mut row);
             let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
             for x in &row {
                 let x = (f64::from(*x) / length) as f32;
@@ -115,7 +145,7 @@ impl Weight {
     /// A copy with the rows `order`.
     pub fn with_rows(&self, order: &[usize]) -> Weight {
         let data: Vec<u8> = order.iter().flat_map(|&r| self.row(r).iter().copied()).collect();
-        Weight { rows: order.len(), data: Bytes::new(data), ..*self }
+        Weight { rows: order.len(), data: Bytes::new(data), order: self.order.clone(), ..*self }
     }
 }
 
@@ -145,7 +175,7 @@ impl Linear {
         let (mut y, mut w) = (Vec::new(), vec![0.0; cols]);
         y.resize(x.len() / cols * rows, 0.0);
         for o in 0..rows {
-            self.weight.format.decode(self.weight.row(o), &mut w);
+            self.weight.decode_row(o, &mut w);
             let bias = self.bias.as_ref().map_or(0.0, |b| f64::from(b.values[o]));
             for (x, y) in x.chunks_exact(cols).zip(y.chunks_exact_mut(rows)) {
                 y[o] = (w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>() + bias) as f32;
@@ -701,6 +731,10 @@ impl<'a> Finder<'a> {
                 None => data,
             };
             let weight = Weight::new(info.format, rows, cols, data)?;
+            let weight = match self.checkpoint.column_order(&name) {
+                Some(order) => weight.with_order(order)?,
+                None => weight,
+            };
             let weight = if place.transposed { weight.transposed()? } else { weight };
             place.part.as_ref().map_or(Some(weight.clone()), |part| part.of(&weight))
         };
@@ -775,11 +809,16 @@ impl<'a> Finder<'a> {
         }
         // A tied head may be stored all the same; it is not used.
         let tied = if tied_head { format!("{}.weight", self.name(Role::Head, 0)) } else { String::new() };
+        // Quantizing tools add biases of zeros to layers that have none.
+        let nothing = |name: &str| {
+            name.ends_with(".bias") && self.checkpoint.tensor(name).is_ok_and(|t| t.data.iter().all(|&byte| byte == 0))
+        };
         let spare: Vec<String> = spare_layers.map(|i| format!("model.layers.{i}.")).collect();
         let left: BTreeSet<&str> = (self.checkpoint.tensors().iter())
             .map(|t| t.name.as_str())
             .filter(|name| !self.used.contains(*name) && !self.family.ignores(name) && *name != tied)
             .filter(|name| !spare.iter().any(|layer| name.starts_with(layer)))
+            .filter(|name| !nothing(name))
             .collect();
         let mut what = Vec::new();
         if !self.missing.is_empty() {

@@ -182,9 +182,13 @@ fn types() {
     refused(&with(777), &["'blk.0.w'", "unknown", "777"]);
     refused(&with(u32::MAX), &["'blk.0.w'", "unknown"]);
     for format in Format::ALL {
-        let file = parse(with(gguf::number(format)).build()).unwrap();
+        let Some(number) = gguf::number(format) else {
+            assert!(format.is_internal());
+            continue;
+        };
+        let file = parse(with(number).build()).unwrap();
         assert_eq!(file.tensors[0].info.format, format);
-        assert_eq!(gguf::format(gguf::number(format)), Some(format));
+        assert_eq!(gguf::format(number), Some(format));
     }
 }
 

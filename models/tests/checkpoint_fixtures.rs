@@ -1,5 +1,7 @@
 //! Checkpoints that other programs wrote. The files are found through `RUSHLIGHT_SHARED`, or beside the workspace.
 
+mod foreign;
+
 use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, ValueType, gguf, safetensors};
 use std::path::{Path, PathBuf};
 
@@ -50,8 +52,9 @@ fn every_family_opens_and_its_tensors_fill_its_files() {
 
 #[test]
 fn tensors_of_other_types_are_listed_and_refused_by_name() {
-    let Some(dir) = shared("fixtures/gptq_ckpt_tiny/gptq_b4_g32_sym") else { return };
-    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let mut dir = foreign::Dir::new();
+    dir.add("q_proj.qweight", "I32", &[2, 3], vec![1; 24]);
+    let checkpoint = Checkpoint::open(&dir.write(&serde_json::Value::Null)).unwrap();
     let raw = checkpoint.raw_tensors().iter().find(|t| t.name.ends_with("q_proj.qweight")).unwrap();
     assert_eq!(raw.dtype, "I32");
     assert_eq!(raw.data.len(), raw.shape.iter().product::<usize>() * 4);

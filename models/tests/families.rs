@@ -114,11 +114,11 @@ fn what_a_configuration_must_not_say() {
         (json!({"rope_scaling": linear, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}), "contradict"),
         (json!({"partial_rotary_factor": 2.0}), "32 rotated values"),
         (json!({"partial_rotary_factor": 0.1}), "1 rotated values"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
         (
             json!({"model_type": "phantom"}),
             "'phantom' is not supported; the supported ones are llama, mistral, mixtral, qwen, qwen2",
         ),
+        (json!({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}), "quantized by GPTQ"),
         (json!({"model_type": null, "architectures": ["Phantom"]}), "'Phantom'"),
         (json!({"model_type": null, "architectures": null}), "none named"),
         (json!({"attention_bias": true}), "model.layers.1.self_attn.o_proj.bias"),

@@ -1,8 +1,9 @@
 //! Products per format and instruction set at the shape of a small model's feed-forward layer: generated tokens as
-//! bytes of weights a second, prompts as operations a second. `cargo bench -p rushlight-quant`.
+//! bytes of weights a second, prompts as operations a second; and encoding, as weights a second. `cargo bench -p rushlight-quant`.
 
 use divan::counter::{BytesCount, ItemsCount};
 use rushlight_quant::formats::Format;
+use rushlight_quant::quantize::encode_with;
 use rushlight_quant::{Cpu, Isa, Matrix, Phase};
 
 fn main() {
@@ -53,4 +54,18 @@ fn prompt(bencher: divan::Bencher, case: &str) {
     bencher
         .counter(ItemsCount::new(2 * n * ROWS * COLS))
         .bench_local(|| cpu.matmul(Phase::Prompt, &x, n, &[matrix], &mut [&mut out]));
+}
+
+#[divan::bench(args = cases(), sample_count = 5)]
+fn encode(bencher: divan::Bencher, case: &str) {
+    let (format, cpu) = parse(case);
+    // Sums of uniform numbers, so nearly normal.
+    let mut state = 1u32;
+    let mut uniform = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let x: Vec<f32> = (0..128 * COLS).map(|_| 0.02 * (0..6).map(|_| uniform()).sum::<f32>()).collect();
+    let mut out = vec![0; 128 * format.row_bytes(COLS).expect("whole blocks")];
+    bencher.counter(ItemsCount::new(x.len())).bench_local(|| encode_with(cpu.isa(), format, &x, COLS, None, &mut out));
 }

@@ -9,6 +9,7 @@ pub mod kernels;
 mod limits;
 pub mod matmul;
 pub mod ops;
+pub mod quantize;
 pub mod threads;
 
 pub use cpu::{Cpu, physical_cores};

@@ -4,7 +4,8 @@
 //! dot products on 8-bit activations. **Many rows** (prompts, training, calibration): bound by arithmetic. Sixteen
 //! weight rows at a time are unpacked into cache in the layout that the matrix unit wants and used for every row.
 //!
-//! How activations are rounded when they meet block formats (float formats meet f32 activations):
+//! How activations are rounded when they meet block formats (floats, and codes into a table of floats, meet f32
+//! activations):
 //!
 //! | rows | instruction set | activations | weights |
 //! | --- | --- | --- | --- |
@@ -221,7 +222,7 @@ impl Cpu {
             return;
         }
         ROUNDED.with_borrow_mut(|rounded| {
-            let coded = weights.iter().any(|w| !w.format.is_float());
+            let coded = weights.iter().any(|w| w.format.is_coded());
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
             match (phase, self.half()) {
                 (Phase::Generate, _) => {
@@ -288,7 +289,7 @@ impl Cpu {
                 for r in 0..n {
                     // SAFETY: a row range of a matrix belongs to one task.
                     let out = unsafe { out[i].slice(r * w.rows + start..r * w.rows + end) };
-                    if w.format.is_float() {
+                    if !w.format.is_coded() {
                         (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
                     } else {
                         (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
@@ -311,14 +312,14 @@ impl Cpu {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
                 match self.half() {
-                    _ if w.format.is_float() => panels.unpack_floats(self, w, &rows),
+                    _ if !w.format.is_coded() => panels.unpack_floats(self, w, &rows),
                     Some(half) => panels.unpack_half(&half, w, &rows),
                     None => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
                     match self.half() {
-                        _ if w.format.is_float() => {
+                        _ if !w.format.is_coded() => {
                             let shape = GemmShape {
                                 m: end - start,
                                 n: width.next_multiple_of(PANEL),
@@ -377,7 +378,7 @@ fn sub(format: Format) -> usize {
 }
 
 fn has_min(format: Format) -> bool {
-    matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K)
+    matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z)
 }
 
 impl Panels {

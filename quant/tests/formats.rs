@@ -1,7 +1,7 @@
 //! Every format against blocks that the PyPI package `gguf` decoded (`tests/fixtures/formats/make.py`).
 
 use proptest::prelude::*;
-use rushlight_quant::formats::{BlockFormat, Format, Visitor, groups};
+use rushlight_quant::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, groups};
 
 /// Packed blocks and the weights they stand for.
 fn golden(format: Format) -> (Vec<u8>, Vec<f32>) {
@@ -14,8 +14,9 @@ fn golden(format: Format) -> (Vec<u8>, Vec<f32>) {
     (packed.to_vec(), weights)
 }
 
+/// The block formats that files have.
 fn coded() -> impl Iterator<Item = Format> {
-    Format::ALL.into_iter().filter(|f| !f.is_float())
+    Format::ALL.into_iter().filter(|f| f.is_coded() && !f.is_internal())
 }
 
 /// Traits of a format and the codes that it can hold.
@@ -50,13 +51,13 @@ fn codes(format: Format) -> Vec<i8> {
             vec![-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
         }
         Format::MXFP4 => vec![-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12],
-        Format::F32 | Format::F16 | Format::BF16 => unreachable!("{format} has no codes"),
+        _ => unreachable!("{format} is not among the golden ones"),
     }
 }
 
 #[test]
 fn decodes_to_the_reference_bit_for_bit() {
-    for format in Format::ALL.into_iter().filter(|&f| f != Format::F32) {
+    for format in Format::ALL.into_iter().filter(|&f| f != Format::F32 && !f.is_internal()) {
         let (packed, want) = golden(format);
         let mut got = vec![f32::NAN; want.len()];
         format.decode(&packed, &mut got);
@@ -109,6 +110,44 @@ fn traits_say_what_groups_look_like() {
     assert!(Format::BF16.visit(ReadTraits).is_none());
 }
 
+/// What the formats that are in memory only decode to, by their definitions.
+#[test]
+fn formats_in_memory_only_decode_as_they_say() {
+    let half = |x: f32| half::f16::from_f32(x).to_le_bytes();
+    let nibbles: Vec<u8> = (0..16).map(|i| i | (15 - i) << 4).collect();
+    let block = |parts: &[&[u8]]| parts.concat();
+    let bytes: Vec<u8> = (0..32).map(|i| (i * 8) as u8).collect();
+    let (d, m) = (0.1f32, -3.7f32);
+    for (format, block, want) in [
+        (Format::Q4_Z, block(&[&half(0.5), &[11], &nibbles]), (|i, _| 0.5 * (i - 11.0)) as fn(f32, f32) -> f32),
+        (Format::Q8_F, block(&[&d.to_le_bytes(), &bytes]), |_, b| 0.1 * b),
+        (Format::Q8_Z, block(&[&d.to_le_bytes(), &m.to_le_bytes(), &bytes]), |_, b| 0.1 * b + 3.7),
+        (Format::NF4, block(&[&d.to_le_bytes(), &nibbles]), |i, _| NF4::TABLE[i as usize] * 0.1),
+        (Format::FP4, block(&[&d.to_le_bytes(), &nibbles]), |i, _| FP4::TABLE[i as usize] * 0.1),
+    ] {
+        assert!(format.is_internal() && !format.is_float());
+        let mut got = [f32::NAN; 64];
+        format.decode(&[&block[..], &block[..]].concat(), &mut got);
+        for (i, got) in got.into_iter().enumerate() {
+            let i = i % 32;
+            let nibble = if i < 16 { i } else { 31 - i };
+            assert_eq!(got, want(nibble as f32, f32::from(bytes[i] as i8)), "{format} {i}");
+        }
+        assert_eq!(format.group(&block, 0).is_some(), format.is_coded());
+        assert_eq!(format.group(&block, 1), None);
+        assert_eq!(
+            format.visit(ReadTraits).map(|t| (t.format, t.has_min, t.bytes)),
+            match format.is_coded() {
+                true => Some((format, format == Format::Q8_Z, format.block_bytes())),
+                false => None,
+            }
+        );
+    }
+    // E2M1 with its smallest step at 1/16 rather than 1/2, over the largest.
+    assert_eq!(FP4::TABLE[3], 1.0);
+    assert_eq!(FP4::TABLE[9], -0.005_208_333_4);
+}
+
 struct Walk<'a>(&'a [u8]);
 
 impl Visitor for Walk<'_> {
@@ -144,7 +183,7 @@ proptest! {
     /// Any bytes at all: infinite and NaN scales too.
     #[test]
     fn any_block_decodes(bytes in proptest::collection::vec(any::<u8>(), 256)) {
-        for format in coded() {
+        for format in Format::ALL.into_iter().filter(|f| f.is_coded()) {
             let mut out = vec![0.0; format.block_len()];
             format.decode(&bytes[..format.block_bytes()], &mut out);
             let last = format.group(&bytes[..format.block_bytes()], format.block_len() / 32 - 1).expect("a group");

@@ -53,7 +53,7 @@ impl Random {
             Format::Q2_K => &[80, 82],
             Format::Q3_K => &[108],
             Format::Q6_K => &[208],
-            Format::MXFP4 => &[],
+            Format::MXFP4 | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => &[],
             _ => &[0],
         };
         for block in out.chunks_exact_mut(format.block_bytes()) {
@@ -63,6 +63,17 @@ impl Random {
             }
             if format == Format::MXFP4 {
                 block[0] = 120 + (self.next() % 8) as u8;
+            }
+            if format == Format::Q4_Z {
+                block[2] %= 17;
+            }
+            let wide = match format {
+                Format::Q8_Z => 2,
+                Format::Q8_F | Format::NF4 | Format::FP4 => 1,
+                _ => 0,
+            };
+            for i in 0..wide {
+                block[4 * i..4 * i + 4].copy_from_slice(&(self.normal() * 0.01).to_le_bytes());
             }
         }
         out
@@ -114,7 +125,7 @@ fn exact(x: &[f32]) -> Vec<f64> {
 /// magnitudes that errors are measured by.
 fn reference(path: (Format, Phase, Isa), x: &[f32], w: &[f32], cols: usize) -> (Vec<f64>, Vec<f64>) {
     let (x, w) = match path {
-        (format, _, _) if format.is_float() => (exact(x), exact(w)),
+        (format, _, _) if !format.is_coded() => (exact(x), exact(w)),
         (_, Phase::Generate, _) => (rounded(x), exact(w)),
         (_, Phase::Prompt, Isa::Amx) => (bf16(x), bf16(w)),
         (_, Phase::Prompt, _) => (rounded_twice(x), exact(w)),
@@ -165,7 +176,7 @@ fn every_format_at_the_shapes_of_real_layers() {
 #[test]
 fn one_column_block_and_one_row() {
     for format in Format::ALL {
-        let cols = if format.is_float() { 1 } else { format.block_len() };
+        let cols = format.block_len();
         check_matmul(format, 1, 1, cols, 3);
         check_matmul(format, 2, 17, cols, 4);
     }
@@ -184,7 +195,7 @@ proptest! {
 #[test]
 fn results_do_not_depend_on_neighbours_or_threads() {
     let mut random = Random(5);
-    for format in [Format::F16, Format::Q4_0, Format::Q4_K, Format::Q6_K, Format::Q8_0] {
+    for format in [Format::F16, Format::Q4_0, Format::Q4_K, Format::Q6_K, Format::Q8_0, Format::Q4_Z, Format::NF4] {
         let (n, rows, cols) = (45, 70, 512);
         let data = random.weights(format, rows, cols);
         let x = random.normals(n * cols);
@@ -209,7 +220,7 @@ fn results_do_not_depend_on_neighbours_or_threads() {
 fn rounding_stays_as_small_as_documented() {
     let mut random = Random(6);
     let (n, rows, cols) = (40, 40, 1024);
-    for format in Format::ALL.into_iter().filter(|f| !f.is_float()) {
+    for format in Format::ALL.into_iter().filter(|f| f.is_coded()) {
         let data = random.weights(format, rows, cols);
         let x = random.normals(n * cols);
         let w = decode(format, rows, cols, &data);
@@ -236,7 +247,7 @@ fn rounding_stays_as_small_as_documented() {
 fn prompts_can_be_rounded_as_ggml_rounds_them() {
     let mut random = Random(14);
     let (n, rows, cols) = (37, 40, 512);
-    let formats: Vec<Format> = Format::ALL.into_iter().filter(|f| !f.is_float()).collect();
+    let formats: Vec<Format> = Format::ALL.into_iter().filter(|f| f.is_coded()).collect();
     let x = random.normals(n * cols);
     let data: Vec<_> = formats.iter().map(|f| random.weights(*f, rows, cols)).collect();
     let matrices: Vec<_> = formats.iter().zip(&data).map(|(f, d)| Matrix::new(*f, rows, cols, d).unwrap()).collect();

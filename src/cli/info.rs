@@ -2,6 +2,7 @@
 
 use super::{Global, one_line, print_json, size};
 use crate::engine::{Engine, Options};
+use crate::quantize::types::Target;
 use crate::store::Store;
 use anyhow::Result;
 use rushlight_models::checkpoint::{Checkpoint, Kind};
@@ -30,6 +31,9 @@ struct Info {
     kind: &'static str,
     name: Option<String>,
     architecture: Option<String>,
+    /// The mix that the file says it was made with.
+    #[serde(rename = "type")]
+    file_type: Option<&'static str>,
     parameters: u64,
     bytes: u64,
     bits_per_weight: f64,
@@ -125,11 +129,15 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
     };
     let (tokenizer, chat_template) = (tokenizer.ok().map(|t| t.vocab_size()), matches!(template, Ok(Some(_))));
 
+    let file_type = checkpoint.metadata().and_then(|m| m.u64("general.file_type"));
+    let file_type =
+        file_type.and_then(|n| Target::ALL.into_iter().find(|t| u64::from(t.file_type) == n)).map(|t| t.name);
     let mut info = Info {
         path,
         kind,
         name,
         architecture,
+        file_type,
         parameters,
         bytes,
         bits_per_weight: bits(bytes, parameters),
@@ -191,6 +199,9 @@ fn print(info: &Info) -> Result<()> {
     writeln!(out, "kind          {}", if info.kind == "gguf" { "GGUF" } else { "Hugging Face directory" })?;
     let architecture = info.architecture.as_ref().map_or_else(unknown, |a| a.escape_debug().to_string());
     writeln!(out, "architecture  {architecture}")?;
+    if let Some(file_type) = info.file_type {
+        writeln!(out, "type          {file_type}")?;
+    }
     writeln!(out, "parameters    {}", count(info.parameters))?;
     writeln!(out, "weights       {} ({:.2} bits each)", size(info.bytes), info.bits_per_weight)?;
     if let Some(s) = &info.shape {
@@ -205,10 +216,18 @@ fn print(info: &Info) -> Result<()> {
     if let Some(why) = &info.why {
         writeln!(out, "cannot be run {why}")?;
     }
-    writeln!(out, "\n{:10} {:>7} {:>10} {:>9} {:>11}", "format", "tensors", "parameters", "size", "bits/weight")?;
+    writeln!(
+        out,
+        "\n{:10} {:>7} {:>10} {:>9} {:>11}  share",
+        "format", "tensors", "parameters", "size", "bits/weight"
+    )?;
     for f in &info.formats {
         let (params, bytes) = (count(f.parameters), size(f.bytes));
-        writeln!(out, "{:10} {:>7} {params:>10} {bytes:>9} {:>11.2}", f.format, f.tensors, f.bits_per_weight)?;
+        let share = f.bytes as f64 / info.bytes.max(1) as f64;
+        // A bar for each fortieth of the file.
+        let bar = "#".repeat((40.0 * share).ceil() as usize);
+        let row = format!("{:10} {:>7} {params:>10} {bytes:>9} {:>11.2}", f.format, f.tensors, f.bits_per_weight);
+        writeln!(out, "{row}  {:>4.1} % {bar}", 100.0 * share)?;
     }
     if !info.memory.is_empty() {
         writeln!(

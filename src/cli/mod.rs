@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod imatrix;
 mod info;
 mod interrupt;
 mod list;
@@ -12,6 +13,7 @@ mod perplexity;
 mod progress;
 #[cfg(feature = "hub")]
 mod pull;
+mod quantize;
 mod run;
 mod tokenize;
 
@@ -48,7 +50,9 @@ enum Command {
     Info(info::Args),
     Chat(Box<chat::Args>),
     Run(Box<run::Args>),
+    Quantize(quantize::Args),
     Perplexity(perplexity::Args),
+    Imatrix(imatrix::Args),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
     Bench(bench::Args),
@@ -99,7 +103,9 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info::run(args, global),
         Command::Chat(args) => chat::run(args, global),
         Command::Run(args) => run::run(args, global),
+        Command::Quantize(args) => quantize::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
+        Command::Imatrix(args) => imatrix::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
         Command::Bench(args) => bench::run(args, global),

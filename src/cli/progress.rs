@@ -41,6 +41,11 @@ impl Progress {
         Progress::new(quiet, what, total, 0, false, "{msg} {bar:24} {pos}/{len} {per_sec} {eta}")
     }
 
+    /// Parts of a whole that began at `from` of `total`.
+    pub fn share(quiet: bool, what: &str, total: u64, from: u64) -> Progress {
+        Progress::new(quiet, what, total, from, false, "{msg} {bar:24} {percent} % {eta}")
+    }
+
     fn new(quiet: bool, what: &str, total: u64, from: u64, bytes: bool, style: &str) -> Progress {
         if quiet {
             return Progress::Silent;

@@ -133,9 +133,32 @@ impl CpuBackend {
         self.kv.forget(&self.cpu, slot, range, outline, rotary);
     }
 
-    fn new_tensor(&self, rows: usize, width: usize) -> Activations {
+    /// A matrix of `[rows, width]` to be written to: what it holds is arbitrary.
+    pub fn new_tensor(&self, rows: usize, width: usize) -> Activations {
         let len = rows * width;
         Activations { buffer: self.pool.take(len), len, width, pool: self.pool.clone() }
+    }
+
+    /// The products of layers of which some store their columns in an order of their own: one product for each order,
+    /// with the activations gathered in it.
+    fn ordered<const N: usize>(&self, x: &Activations, layers: [&Linear; N], ys: &mut [Activations; N]) {
+        let n = x.rows();
+        let orders = layers.map(|l| l.weight().order());
+        for i in 0..N {
+            if orders[..i].contains(&orders[i]) {
+                continue;
+            }
+            let gathered = orders[i].map(|order| {
+                let mut gathered = self.new_tensor(n, x.width);
+                self.cpu.gather_columns(x, order, &mut gathered);
+                gathered
+            });
+            let same = |j: &usize| orders[*j] == orders[i];
+            let weights: Vec<_> = (0..N).filter(same).map(|j| layers[j].weight().matrix()).collect();
+            let outs = ys.iter_mut().enumerate().filter(|(j, _)| same(j));
+            let mut outs: Vec<&mut [f32]> = outs.map(|(_, y)| &mut **y).collect();
+            self.cpu.matmul(self.phase, gathered.as_ref().unwrap_or(x), n, &weights, &mut outs);
+        }
     }
 
     /// Adds to `y` what the adapters of `layer` make of `x`.
@@ -199,7 +222,7 @@ impl Backend for CpuBackend {
             if id >= weight.rows() {
                 return Err(Error::model(format!("token {id} is not in the vocabulary of {}", weight.rows())));
             }
-            weight.format().decode(weight.row(id), row);
+            weight.decode_row(id, row);
         }
         Ok(x)
     }
@@ -207,8 +230,12 @@ impl Backend for CpuBackend {
     fn linears<const N: usize>(&mut self, x: &Activations, layers: [&Linear; N]) -> Result<[Activations; N]> {
         let n = x.rows();
         let mut ys = layers.map(|l| self.new_tensor(n, l.weight().rows()));
-        let weights = layers.map(|l| l.weight().matrix());
-        self.cpu.matmul(self.phase, x, n, &weights, &mut ys.each_mut().map(|y| &mut **y));
+        if layers.iter().all(|l| l.weight().order().is_none()) {
+            let weights = layers.map(|l| l.weight().matrix());
+            self.cpu.matmul(self.phase, x, n, &weights, &mut ys.each_mut().map(|y| &mut **y));
+        } else {
+            self.ordered(x, layers, &mut ys);
+        }
         for (y, layer) in ys.iter_mut().zip(layers) {
             if !layer.adapters.is_empty() {
                 self.adapt(x, layer, y);

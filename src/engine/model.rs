@@ -35,7 +35,7 @@ pub struct Options {
 /// Where the memory goes, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// Weights, mapped from the file.
+    /// Weights, mapped from the file or packed from what it holds.
     pub weights: u64,
     /// What each position of a sequence adds to the cache.
     pub kv_per_token: u64,
@@ -71,6 +71,9 @@ impl Engine {
 
     /// Makes the model of `checkpoint` ready.
     pub fn from_checkpoint(checkpoint: Checkpoint, options: &Options) -> Result<Engine> {
+        for note in checkpoint.notes() {
+            tracing::info!("{note}");
+        }
         let model = Model::load(&checkpoint)?;
         Engine::from_model(checkpoint, model, options)
     }
@@ -156,6 +159,11 @@ impl Engine {
     /// Sequences held at once.
     pub fn slots(&self) -> usize {
         self.backend.kv.shape().slots
+    }
+
+    /// The model and what computes it, for passes of one's own.
+    pub fn parts(&mut self) -> (&Model, &mut CpuBackend) {
+        (&self.model, &mut self.backend)
     }
 
     /// Positions held in the cache of `slot`.

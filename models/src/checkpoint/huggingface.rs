@@ -1,7 +1,7 @@
 //! Hugging Face model directories: `config.json` and safetensors, or else PyTorch's own files, whole or in shards with an
 //! index.
 
-use super::{Checkpoint, Kind, RawTensor, Tensor, index_by_name, pytorch, safetensors};
+use super::{Checkpoint, Kind, RawTensor, Tensor, index_by_name, prequantized, pytorch, safetensors};
 use crate::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
@@ -28,6 +28,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let generation_path = dir.join("generation_config.json");
     let generation_config = if generation_path.exists() { Some(read_config(&generation_path)?) } else { None };
 
+    let quantization = prequantized::describe(dir, &config)?;
     let safetensors = |path: &Path| safetensors::open(path).map(|file| (file.tensors, file.raw));
     let pytorch = |path: &Path| pytorch::open(path).map(|file| (file.tensors, file.raw));
     let files = match read_files(dir, "model.safetensors", &safetensors)? {
@@ -36,7 +37,11 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
             read_files(dir, "pytorch_model.bin", &pytorch)?.ok_or_else(|| Error::file(dir, without_weights(dir)))?
         }
     };
-    Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)
+    let checkpoint = Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)?;
+    match quantization {
+        Some(method) => prequantized::resolve(checkpoint, &method),
+        None => Ok(checkpoint),
+    }
 }
 
 /// The tensors of one file.

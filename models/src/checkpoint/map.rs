@@ -4,8 +4,8 @@ use memmap2::Mmap;
 use std::fs::File;
 use std::path::Path;
 
-/// The contents of the regular file at `path`, mapped.
-pub(super) fn map(path: &Path) -> Result<Bytes> {
+/// The contents of the regular file at `path`, mapped. An empty file is an error.
+pub fn map(path: &Path) -> Result<Bytes> {
     // Before opening: to open a pipe would wait for its other end.
     let about = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !about.is_file() {
@@ -19,7 +19,7 @@ pub(super) fn map(path: &Path) -> Result<Bytes> {
     // that another program changes or cuts the file meanwhile; every reader of mapped files lives with that. Bytes are
     // only ever read as integers and floats, for which every bit pattern is valid; text is checked when read.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-    Ok(Bytes::new(map))
+    Ok(Bytes::mapped(map))
 }
 
 /// What a file that begins with `start` probably is, where it is something often found in place of a model.

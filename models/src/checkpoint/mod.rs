@@ -3,21 +3,31 @@
 //! Nothing that a file says of itself is believed before it is checked against the file; see `docs/file-formats.md`.
 
 mod atomic;
+mod awq;
+mod bitsandbytes;
 mod bytes;
+pub mod export;
 pub mod gguf;
+mod gptq;
 pub mod huggingface;
+pub mod imatrix;
 mod map;
 mod metadata;
+mod prequantized;
 pub mod pytorch;
 pub mod safetensors;
+mod stream;
 
 pub use atomic::AtomicFile;
 pub use bytes::Bytes;
+pub use map::map;
 pub use metadata::{Array, Metadata, Value, ValueType};
 
 use crate::{Error, Result};
+use prequantized::Layer;
 use rushlight_quant::formats::Format;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Most tensors that one file may hold: more than the largest published models have in all, and few enough that a list
 /// of them stays small.
@@ -52,7 +62,8 @@ impl TensorInfo {
 pub struct Tensor {
     /// What it is.
     pub info: TensorInfo,
-    /// Its packed rows, in place in the mapped file: exactly [`TensorInfo::bytes`] long, at any address.
+    /// Its packed rows, in place in the mapped file where it has them so: exactly [`TensorInfo::bytes`] long, at any
+    /// address.
     pub data: Bytes,
 }
 
@@ -89,11 +100,21 @@ pub struct Checkpoint {
     path: PathBuf,
     kind: Kind,
     infos: Vec<TensorInfo>,
-    /// The bytes of each of `infos`.
-    data: Vec<Bytes>,
+    /// Where the bytes of each of `infos` come from.
+    data: Vec<Stored>,
     /// Indices into `infos`, ordered by name.
     by_name: Vec<u32>,
     raw: Vec<RawTensor>,
+    notes: Vec<String>,
+}
+
+/// Where a tensor's packed rows come from.
+#[derive(Debug)]
+enum Stored {
+    /// They lie in the file.
+    Mapped(Bytes),
+    /// They are packed, each time they are asked for, from what another tool has written.
+    Packed(Box<Layer>),
 }
 
 impl Checkpoint {
@@ -119,7 +140,7 @@ impl Checkpoint {
         for (tensors, more) in files {
             for tensor in tensors {
                 infos.push(tensor.info);
-                data.push(tensor.data);
+                data.push(Stored::Mapped(tensor.data));
             }
             raw.extend(more);
         }
@@ -128,7 +149,7 @@ impl Checkpoint {
         if let Err(name) = index_by_name(&raw, |t| &t.name) {
             return Err(Error::file(path, format!("tensor '{name}' comes twice: the file is corrupt")));
         }
-        let checkpoint = Checkpoint { path: path.to_owned(), kind, infos, data, by_name, raw };
+        let checkpoint = Checkpoint { path: path.to_owned(), kind, infos, data, by_name, raw, notes: Vec::new() };
         match checkpoint.raw.iter().find(|t| checkpoint.find(&t.name).is_some()) {
             Some(t) => Err(Error::file(path, format!("tensor '{}' comes twice: the file is corrupt", t.name))),
             None => Ok(checkpoint),
@@ -177,7 +198,11 @@ impl Checkpoint {
     /// The tensor called `name`.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         if let Some(i) = self.position(name) {
-            return Ok(Tensor { info: self.infos[i].clone(), data: self.data[i].clone() });
+            let data = match &self.data[i] {
+                Stored::Mapped(data) => data.clone(),
+                Stored::Packed(layer) => layer.pack().map_err(|what| Error::file(&self.path, what))?,
+            };
+            return Ok(Tensor { info: self.infos[i].clone(), data });
         }
         Err(Error::file(
             &self.path,
@@ -188,9 +213,32 @@ impl Checkpoint {
         ))
     }
 
-    /// Bytes of all tensors together.
+    /// The order in which the columns of the tensor called `name` are stored, where it is not their own: column `i` of
+    /// its rows is input `order[i]` of the layer. GPTQ with act-order groups its columns in such an order. Tensors with
+    /// equal orders share one.
+    pub fn column_order(&self, name: &str) -> Option<Arc<[u32]>> {
+        match &self.data[self.position(name)?] {
+            Stored::Mapped(_) => None,
+            Stored::Packed(layer) => layer.order.clone(),
+        }
+    }
+
+    /// Gives back the memory that the mapped bytes of the tensor called `name` take, if any: see [`Bytes::release`].
+    pub fn release(&self, name: &str) {
+        if let Some(Stored::Mapped(data)) = self.position(name).map(|i| &self.data[i]) {
+            data.release();
+        }
+    }
+
+    /// What a person should know of how the files were read.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Bytes of all tensors together, as they are used.
     pub fn bytes(&self) -> u64 {
-        self.data.iter().chain(self.raw.iter().map(|t| &t.data)).map(|data| data.len() as u64).sum()
+        let tensors = self.infos.iter().map(|t| t.bytes().unwrap_or(0) as u64).sum::<u64>();
+        tensors + self.raw.iter().map(|t| t.data.len() as u64).sum::<u64>()
     }
 
     fn position(&self, name: &str) -> Option<usize> {

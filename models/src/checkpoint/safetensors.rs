@@ -4,6 +4,7 @@
 //! type, lets the last of two tensors of one name win, sets no bound on what a header makes it allocate, and does not
 //! say which sizes it expected.
 
+use super::stream::TensorStream;
 use super::{Bytes, MAX_TENSORS, RawTensor, Tensor, TensorInfo, index_by_name, map};
 use crate::{Error, Result};
 use rushlight_quant::formats::Format;
@@ -78,6 +79,74 @@ pub fn parse(file: Bytes, path: &Path) -> Result<Safetensors> {
         }
     }
     Ok(Safetensors { metadata: header.metadata, tensors, raw })
+}
+
+/// A tensor of a file to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// The file's name for the element type, such as `I32`.
+    pub dtype: String,
+    /// Row-major, outermost dimension first.
+    pub shape: Vec<usize>,
+}
+
+impl Entry {
+    /// Bytes of the tensor; `None` for a type that is not known, or a size that overflows.
+    pub fn bytes(&self) -> Option<usize> {
+        let bits = self.shape.iter().try_fold(usize::from(bits(&self.dtype)?), |n, &dim| n.checked_mul(dim))?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+}
+
+/// Writes a safetensors file as a stream: first the header, then each tensor's bytes in turn. The file appears under its
+/// name only when it is whole; a writer dropped before that leaves nothing.
+#[derive(Debug)]
+pub struct Writer {
+    stream: TensorStream,
+}
+
+impl Writer {
+    /// Begins the file `path`, marked as readable by PyTorch, with `tensors`, whose bytes follow in the same order.
+    pub fn create(path: &Path, tensors: &[Entry]) -> Result<Writer> {
+        let error = |what: String| Error::file(path, format!("cannot be written: {what}"));
+        if let Err(name) = index_by_name(tensors, |t| &t.name) {
+            return Err(error(format!("tensor '{name}' comes twice")));
+        }
+        let (mut sizes, mut at) = (Vec::with_capacity(tensors.len()), 0usize);
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".into(), serde_json::json!({"format": "pt"}));
+        for tensor in tensors {
+            let Entry { name, dtype, shape } = tensor;
+            let fits = name != "__metadata__" && shape.len() <= MAX_DIMS;
+            let bytes = tensor.bytes().filter(|_| fits);
+            let Some((bytes, end)) = bytes.and_then(|bytes| Some((bytes, at.checked_add(bytes)?))) else {
+                return Err(error(format!("tensor '{name}' of {dtype} {shape:?} is none that safetensors can hold")));
+            };
+            let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]});
+            header.insert(name.clone(), entry);
+            sizes.push((name.clone(), bytes));
+            at = end;
+        }
+        let mut text = serde_json::Value::Object(header).to_string();
+        // So that the data begins at a multiple of 8.
+        text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
+        let mut start = (text.len() as u64).to_le_bytes().to_vec();
+        start.extend(text.as_bytes());
+        Ok(Writer { stream: TensorStream::create(path, &start, sizes, 1)? })
+    }
+
+    /// Writes the next bytes of tensor `name`: all of them, or as many at a time as suits. Tensors come in the order
+    /// given at the start, each to its end.
+    pub fn write(&mut self, name: &str, data: &[u8]) -> Result<()> {
+        self.stream.write(name, data)
+    }
+
+    /// Gives the file its name. Every tensor must have been written.
+    pub fn finish(self) -> Result<()> {
+        self.stream.finish()
+    }
 }
 
 /// The format that `dtype` is; `None` where it is no format for weights.

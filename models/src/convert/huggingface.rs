@@ -108,7 +108,7 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
         let weight = &linear.weight;
         let source = match own.get(&(role, layer)).filter(|_| role != Role::Head || !spec.normed_head) {
             Some(info) => Source::Tensor { name: info.name.clone(), rows: None, offset: 0.0 },
-            None => Source::Parts { parts: vec![weight.data().clone()], rows: None },
+            None => Source::Parts { parts: vec![in_place(checkpoint, linear)?], rows: None },
         };
         let (format, shape) = (weight.format(), vec![weight.rows(), weight.cols()]);
         tensors.push(Converted { name: format!("{name}.weight"), format, shape, role: Some((role, layer)), source });
@@ -130,7 +130,7 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
         };
         let biases: Vec<f32> =
             linears.iter().filter_map(|l| l.bias.as_ref()).flat_map(|b| b.values.iter().copied()).collect();
-        let parts = linears.iter().map(|l| l.weight.data().clone()).collect();
+        let parts = linears.iter().map(|l| in_place(checkpoint, l)).collect::<Result<_>>()?;
         tensors.push(Converted {
             name: format!("{name}.weight"),
             format: first.weight.format(),
@@ -167,6 +167,21 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
         (part, layer, place(role), t.name.ends_with(".bias"))
     });
     Ok(tensors)
+}
+
+/// The rows of a matrix that is a part of another here or there.
+fn in_place(checkpoint: &Checkpoint, linear: &Linear) -> Result<Bytes> {
+    match linear.weight.order() {
+        None => Ok(linear.weight.data().clone()),
+        Some(_) => Err(Error::file(
+            checkpoint.path(),
+            format!(
+                "{:?} of layer {} is packed and has its columns in an order of its own (act-order), which cannot be \
+                     converted; convert the original checkpoint",
+                linear.role, linear.layer
+            ),
+        )),
+    }
 }
 
 /// A vector (or a row for each expert) that is computed here.

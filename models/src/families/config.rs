@@ -192,15 +192,6 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Refuses weights that another tool has quantized, whose tensors this reader would not understand.
-    pub(super) fn no_quantization(&self) -> Result<()> {
-        let Some(quantization) = self.get("quantization_config") else { return Ok(()) };
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
-        Err(self.error(format!(
-            "its weights are quantized by {method}, which cannot be read yet; use the original checkpoint or a GGUF file"
-        )))
-    }
-
     /// The attention window of each of `layers`: `window` where the field `layer_types` says so, or else where
     /// `slides` does.
     pub fn windows(

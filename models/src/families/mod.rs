@@ -530,7 +530,6 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 known.dedup();
                 unknown(checkpoint, name, &known)
             })?;
-            config.no_quantization()?;
             Ok((family, (family.from_config)(&config)?))
         }
     }

@@ -1,6 +1,6 @@
 //! What all block formats have in common: groups of 32 integer codes with their scales.
 
-use super::{Format, float, iq4, kquants, legacy, mxfp4};
+use super::{Format, float, grid, iq4, kquants, legacy, mxfp4, table};
 
 /// 32 consecutive weights of a row. Weight `i` is exactly `scale[i / 16] * codes[i] as f32 - min[i / 16]`, each
 /// operation rounded to f32 in that order (not fused).
@@ -59,12 +59,12 @@ pub trait Visitor {
 }
 
 impl Format {
-    /// Calls the visitor with the type that stands for this format; `None` for the floating-point formats, which have
-    /// no codes.
+    /// Calls the visitor with the type that stands for this format; `None` for formats without integer codes (see
+    /// [`Format::is_coded`]).
     #[inline]
     pub fn visit<V: Visitor>(self, visitor: V) -> Option<V::Out> {
         Some(match self {
-            Format::F32 | Format::F16 | Format::BF16 => return None,
+            Format::F32 | Format::F16 | Format::BF16 | Format::NF4 | Format::FP4 => return None,
             Format::Q4_0 => visitor.visit::<legacy::Q4_0>(),
             Format::Q4_1 => visitor.visit::<legacy::Q4_1>(),
             Format::Q5_0 => visitor.visit::<legacy::Q5_0>(),
@@ -78,10 +78,14 @@ impl Format {
             Format::IQ4_NL => visitor.visit::<iq4::IQ4_NL>(),
             Format::IQ4_XS => visitor.visit::<iq4::IQ4_XS>(),
             Format::MXFP4 => visitor.visit::<mxfp4::MXFP4>(),
+            Format::Q4_Z => visitor.visit::<grid::Q4_Z>(),
+            Format::Q8_F => visitor.visit::<grid::Q8_F>(),
+            Format::Q8_Z => visitor.visit::<grid::Q8_Z>(),
         })
     }
 
-    /// Weights `32 g .. 32 g + 32` of a packed row; `None` for the floating-point formats and past the end of the row.
+    /// Weights `32 g .. 32 g + 32` of a packed row; `None` for formats without integer codes and past
+    /// the end of the row.
     pub fn group(self, row: &[u8], g: usize) -> Option<Group> {
         struct Take<'a>(&'a [u8], usize);
         impl Visitor for Take<'_> {
@@ -113,6 +117,8 @@ impl Format {
             Format::F32 => float::decode_f32(bytes, out),
             Format::F16 => float::decode_f16(bytes, out),
             Format::BF16 => float::decode_bf16(bytes, out),
+            Format::NF4 => table::decode::<table::NF4>(bytes, out),
+            Format::FP4 => table::decode::<table::FP4>(bytes, out),
             _ => {
                 self.visit(Decode(bytes, out));
             }

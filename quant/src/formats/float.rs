@@ -29,6 +29,11 @@ pub(super) fn one_f16_to_f32(bits: u16) -> f32 {
     f16_to_f32(bits)
 }
 
+/// f32 to f16 bits, to nearest even.
+pub fn f32_to_f16(x: f32) -> u16 {
+    half::f16::from_f32(x).to_bits()
+}
+
 /// bf16 bits to f32, exactly.
 #[inline(always)]
 pub fn bf16_to_f32(bits: u16) -> f32 {

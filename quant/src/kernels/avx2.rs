@@ -7,7 +7,7 @@ use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
     QuantizedRowMut, QuantizedRows,
 };
-use crate::formats::{BlockFormat, Format, Visitor};
+use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -214,10 +214,48 @@ fn dot_floats(format: Format) -> DotFloats {
         // SAFETY: this table is handed out only where `available`.
         unsafe { dot_floats_of::<F>(data, x, out) }
     }
+    fn table_entry<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { dot_table_of::<T>(data, x, out) }
+    }
     match format {
         Format::F32 => entry::<F32>,
         Format::F16 => entry::<F16>,
+        Format::NF4 => table_entry::<NF4>,
+        Format::FP4 => table_entry::<FP4>,
         _ => entry::<BF16>,
+    }
+}
+
+/// Codes are looked up in two registers of eight, and the fourth bit chooses between them.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_table_of<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+    let row_bytes = x.len() / 32 * table::BYTES;
+    assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
+    // SAFETY: sixteen numbers.
+    let (low, high) = unsafe { (_mm256_loadu_ps(T::TABLE.as_ptr()), _mm256_loadu_ps(T::TABLE.as_ptr().add(8))) };
+    for (r, out) in out.iter_mut().enumerate() {
+        let row = &data[r * row_bytes..(r + 1) * row_bytes];
+        let mut sums = [_mm256_setzero_ps(); 2];
+        for (block, x) in row.as_chunks::<{ table::BYTES }>().0.iter().zip(x.as_chunks::<32>().0) {
+            let scale = _mm256_set1_ps(f32::from_le_bytes([block[0], block[1], block[2], block[3]]));
+            for h in 0..2 {
+                // SAFETY: eight bytes of codes from `4 + 8 h` on, and eight activations at `8 h` and at `16 + 8 h`.
+                unsafe {
+                    let codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.as_ptr().add(4 + 8 * h).cast()));
+                    let second = _mm256_srli_epi32::<4>(codes);
+                    let (a, b) = (_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes));
+                    let w = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes)));
+                    let products = _mm256_mul_ps(w, _mm256_loadu_ps(x.as_ptr().add(8 * h)));
+                    let (a, b) = (_mm256_permutevar8x32_ps(low, second), _mm256_permutevar8x32_ps(high, second));
+                    let w = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(second)));
+                    let products = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.as_ptr().add(16 + 8 * h)), products);
+                    sums[h] = _mm256_fmadd_ps(products, scale, sums[h]);
+                }
+            }
+        }
+        // SAFETY: this function's features.
+        *out = unsafe { add_across(_mm256_add_ps(sums[0], sums[1])) };
     }
 }
 
@@ -245,6 +283,18 @@ fn dot_floats_of<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// [`scalar::pack_table_of`] for one format, compiled with these target features.
+macro_rules! pack_table {
+    ($features:literal, $table:ty) => {
+        $crate::kernels::lanes::compiled!(
+            $features,
+            $crate::kernels::scalar::pack_table_of::<$table>,
+            (data: &[u8], rows: usize, cols: usize, out: &mut [f32])
+        )
+    };
+}
+pub(super) use pack_table;
+
 fn pack_floats(format: Format) -> PackFloats {
     fn entry<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [f32]) {
         // SAFETY: this table is handed out only where `available`.
@@ -253,6 +303,8 @@ fn pack_floats(format: Format) -> PackFloats {
     match format {
         Format::F32 => entry::<F32>,
         Format::F16 => entry::<F16>,
+        Format::NF4 => pack_table!("avx2,fma,f16c", NF4),
+        Format::FP4 => pack_table!("avx2,fma,f16c", FP4),
         _ => entry::<BF16>,
     }
 }

@@ -1,5 +1,6 @@
 //! AVX-512 with VNNI: 512-bit registers, four unsigned by signed byte products added to 32 bits in one step.
 
+use super::avx2::pack_table;
 use super::codes256::{self, Codes, Dot, by_codes};
 use super::lanes::compiled_lanes;
 use super::scalar::pack_codes_of;
@@ -7,7 +8,7 @@ use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
     QuantizedRowMut, QuantizedRows,
 };
-use crate::formats::{BlockFormat, Format, Visitor};
+use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -290,10 +291,43 @@ pub(super) fn dot_floats(format: Format) -> DotFloats {
         // SAFETY: this table is handed out only where `available`.
         unsafe { dot_floats_of::<F>(data, x, out) }
     }
+    fn table_entry<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+        // SAFETY: this table is handed out only where `available`.
+        unsafe { dot_table_of::<T>(data, x, out) }
+    }
     match format {
         Format::F32 => entry::<F32>,
         Format::F16 => entry::<F16>,
+        Format::NF4 => table_entry::<NF4>,
+        Format::FP4 => table_entry::<FP4>,
         _ => entry::<BF16>,
+    }
+}
+
+/// The whole table is one register.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn dot_table_of<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+    let row_bytes = x.len() / 32 * table::BYTES;
+    assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
+    // SAFETY: sixteen numbers.
+    let table = unsafe { _mm512_loadu_ps(T::TABLE.as_ptr()) };
+    for (r, out) in out.iter_mut().enumerate() {
+        let row = &data[r * row_bytes..(r + 1) * row_bytes];
+        let mut sums = [_mm512_setzero_ps(); 2];
+        for (b, (block, x)) in row.as_chunks::<{ table::BYTES }>().0.iter().zip(x.as_chunks::<32>().0).enumerate() {
+            let scale = _mm512_set1_ps(f32::from_le_bytes([block[0], block[1], block[2], block[3]]));
+            // SAFETY: 16 bytes of codes from 4 on, and 32 activations.
+            unsafe {
+                let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.as_ptr().add(4).cast()));
+                // A permutation looks at four bits of each index, so the codes above them do no harm.
+                let (first, second) = (codes, _mm512_srli_epi32::<4>(codes));
+                let products = _mm512_mul_ps(_mm512_permutexvar_ps(first, table), _mm512_loadu_ps(x.as_ptr()));
+                let w = _mm512_permutexvar_ps(second, table);
+                let products = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.as_ptr().add(16)), products);
+                sums[b % 2] = _mm512_fmadd_ps(products, scale, sums[b % 2]);
+            }
+        }
+        *out = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
     }
 }
 
@@ -330,6 +364,8 @@ pub(super) fn pack_floats(format: Format) -> PackFloats {
     match format {
         Format::F32 => entry::<F32>,
         Format::F16 => entry::<F16>,
+        Format::NF4 => pack_table!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", NF4),
+        Format::FP4 => pack_table!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", FP4),
         _ => entry::<BF16>,
     }
 }

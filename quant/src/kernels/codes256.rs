@@ -95,6 +95,16 @@ unsafe fn halves_at(p: *const u8, stride: usize) -> __m256 {
     }
 }
 
+/// Eight f32 numbers at `p`, `p + stride`, ...
+#[inline(always)]
+unsafe fn floats_at(p: *const u8, stride: usize) -> __m256 {
+    // SAFETY: the caller's pointer has eight numbers at this distance.
+    unsafe {
+        let at = |i: usize| p.add(i * stride).cast::<f32>().read_unaligned();
+        _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7))
+    }
+}
+
 #[inline(always)]
 unsafe fn half_at(p: *const u8) -> __m256 {
     // SAFETY: the caller's pointer has 2 bytes.
@@ -161,6 +171,47 @@ legacy!(Q5_0, 16, |b| _mm256_or_si256(nibbles(b.add(6)), bits(b.add(2), 16)));
 legacy!(Q5_1, 0, |b| _mm256_or_si256(nibbles(b.add(8)), bits(b.add(4), 16)));
 legacy!(Q8_0, 128, |b| _mm256_xor_si256(load(b.add(2)), _mm256_set1_epi8(-128)));
 legacy!(IQ4_NL, 128, |b| lookup(&IQ4_TABLE, 128, nibbles(b.add(2))));
+
+legacy!(Q4_Z, 16, |b| _mm256_add_epi8(nibbles(b.add(3)), _mm256_set1_epi8(16 - *b.add(2) as i8)));
+
+/// Formats of 32 weights: an f32 scale at the start of each block, perhaps an f32 minimum behind it, then signed bytes.
+macro_rules! wide_scales {
+    ($name:ident) => {
+        impl Codes for $name {
+            const ZERO: u8 = 128;
+            #[inline(always)]
+            unsafe fn codes(run: *const u8, g: usize) -> __m256i {
+                // SAFETY: the caller keeps to the block, which ends with its 32 codes.
+                unsafe { _mm256_xor_si256(load(run.add((g + 1) * Self::BYTES - 32)), _mm256_set1_epi8(-128)) }
+            }
+            #[inline(always)]
+            unsafe fn scales(run: *const u8) -> [__m256; 2] {
+                // SAFETY: each block begins with its scale.
+                unsafe { [floats_at(run, Self::BYTES), _mm256_setzero_ps()] }
+            }
+            #[inline(always)]
+            unsafe fn mins(run: *const u8) -> [__m256; 2] {
+                // SAFETY: a format with minimums has them behind the scale.
+                unsafe {
+                    let m = if Self::HAS_MIN { floats_at(run.add(4), Self::BYTES) } else { _mm256_setzero_ps() };
+                    [m, _mm256_setzero_ps()]
+                }
+            }
+            #[inline(always)]
+            unsafe fn scale_and_min(run: *const u8, g: usize) -> (__m256, f32) {
+                // SAFETY: as above.
+                unsafe {
+                    let block = run.add(g * Self::BYTES).cast::<f32>();
+                    let min = if Self::HAS_MIN { block.add(1).read_unaligned() } else { 0.0 };
+                    (_mm256_set1_ps(block.read_unaligned()), min)
+                }
+            }
+        }
+    };
+}
+
+wide_scales!(Q8_F);
+wide_scales!(Q8_Z);
 
 impl Codes for MXFP4 {
     const ZERO: u8 = 16;
@@ -604,7 +655,12 @@ macro_rules! by_codes {
             Format::IQ4_NL => $function::<IQ4_NL>,
             Format::IQ4_XS => $function::<IQ4_XS>,
             Format::MXFP4 => $function::<MXFP4>,
-            Format::F32 | Format::F16 | Format::BF16 => unreachable!("floats have no codes"),
+            Format::Q4_Z => $function::<Q4_Z>,
+            Format::Q8_F => $function::<Q8_F>,
+            Format::Q8_Z => $function::<Q8_Z>,
+            Format::F32 | Format::F16 | Format::BF16 | Format::NF4 | Format::FP4 => {
+                unreachable!("floats have no codes")
+            }
         }
     }};
 }

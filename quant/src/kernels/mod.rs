@@ -11,7 +11,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod codes256;
-mod lanes;
+pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod scalar;
@@ -261,11 +261,11 @@ pub struct Kernels {
     pub quantize: fn(x: &[f32], out: QuantizedRowMut<'_>),
     /// For block formats.
     pub dot_codes: fn(Format) -> DotCodes,
-    /// For float formats.
+    /// For the formats that are multiplied as floats (not [`Format::is_coded`]).
     pub dot_floats: fn(Format) -> DotFloats,
     /// For block formats.
     pub pack_codes: fn(Format) -> PackCodes,
-    /// For float formats.
+    /// For the formats that are multiplied as floats.
     pub pack_floats: fn(Format) -> PackFloats,
     /// Many rows of 8-bit activations.
     pub mul_panels: MulPanels,

@@ -4,7 +4,7 @@ use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
     QuantizedRowMut, QuantizedRows, lanes,
 };
-use crate::formats::{BlockFormat, Format, Visitor};
+use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -156,7 +156,24 @@ fn dot_floats(format: Format) -> DotFloats {
     match format {
         Format::F32 => |data, x, out| dot(Format::F32, data, x, out),
         Format::F16 => |data, x, out| dot(Format::F16, data, x, out),
+        Format::NF4 => dot_table_of::<NF4>,
+        Format::FP4 => dot_table_of::<FP4>,
         _ => |data, x, out| dot(Format::BF16, data, x, out),
+    }
+}
+
+fn dot_table_of<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+    let row_bytes = x.len() / 32 * table::BYTES;
+    for (out, row) in out.iter_mut().zip(data.chunks_exact(row_bytes)) {
+        let mut sums = [0f32; 8];
+        for (block, x) in row.as_chunks::<{ table::BYTES }>().0.iter().zip(x.as_chunks::<32>().0) {
+            let mut weights = [0f32; 32];
+            table::block::<T>(block, &mut weights);
+            for i in 0..32 {
+                sums[i % 8] += x[i] * weights[i];
+            }
+        }
+        *out = sums.iter().sum();
     }
 }
 
@@ -218,6 +235,8 @@ fn pack_floats(format: Format) -> PackFloats {
     match format {
         Format::F32 => |data, rows, cols, out| pack_floats_of(Format::F32, data, rows, cols, out),
         Format::F16 => |data, rows, cols, out| pack_floats_of(Format::F16, data, rows, cols, out),
+        Format::NF4 => |data, rows, cols, out| pack_table_of::<NF4>(data, rows, cols, out),
+        Format::FP4 => |data, rows, cols, out| pack_table_of::<FP4>(data, rows, cols, out),
         _ => |data, rows, cols, out| pack_floats_of(Format::BF16, data, rows, cols, out),
     }
 }
@@ -232,6 +251,24 @@ pub(crate) fn pack_floats_of(format: Format, data: &[u8], rows: usize, cols: usi
         let row = &data[r * row_bytes..][..row_bytes];
         for c in 0..cols {
             out[c * PANEL + r] = float_at(format, row, c);
+        }
+    }
+}
+
+/// See [`PackFloats`], for the formats that look their weights up.
+#[inline(always)]
+pub(crate) fn pack_table_of<T: TableFormat>(data: &[u8], rows: usize, cols: usize, out: &mut [f32]) {
+    let (data, _) = data.as_chunks::<{ table::BYTES }>();
+    let blocks = cols / 32;
+    for (b, out) in out.as_chunks_mut::<PANEL>().0.as_chunks_mut::<32>().0.iter_mut().enumerate().take(blocks) {
+        let mut tile = [[0f32; 32]; PANEL];
+        for r in 0..rows {
+            table::block::<T>(&data[r * blocks + b], &mut tile[r]);
+        }
+        for i in 0..32 {
+            for r in 0..PANEL {
+                out[i][r] = tile[r][i];
+            }
         }
     }
 }

@@ -49,7 +49,7 @@ impl Random {
                 Format::Q2_K => &[80, 82],
                 Format::Q3_K => &[108],
                 Format::Q6_K => &[208],
-                Format::MXFP4 => &[],
+                Format::MXFP4 | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => &[],
                 _ => &[0],
             };
             for &at in halves {
@@ -57,6 +57,17 @@ impl Random {
             }
             if format == Format::MXFP4 {
                 block[0] = 120 + self.bits() as u8 % 8;
+            }
+            if format == Format::Q4_Z {
+                block[2] %= 17;
+            }
+            let wide = match format {
+                Format::Q8_Z => 2,
+                Format::Q8_F | Format::NF4 | Format::FP4 => 1,
+                _ => 0,
+            };
+            for i in 0..wide {
+                block[4 * i..4 * i + 4].copy_from_slice(&self.number().to_le_bytes());
             }
         }
         data
@@ -133,7 +144,7 @@ impl Decoded {
         let mut weights = vec![0f32; cols];
         format.decode(row, &mut weights);
         let mut sizes: Vec<f64> = weights.iter().map(|w| f64::from(w.abs())).collect();
-        if !format.is_float() {
+        if format.is_coded() {
             for (g, sizes) in sizes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
                 let group = format.group(row, g).expect("a group of the row");
                 for i in 0..32 {
@@ -165,11 +176,11 @@ fn assert_close(got: f32, (want, size): (f64, f64), what: std::fmt::Arguments<'_
 }
 
 fn coded() -> impl Iterator<Item = Format> {
-    Format::ALL.into_iter().filter(|f| !f.is_float())
+    Format::ALL.into_iter().filter(|f| f.is_coded())
 }
 
 fn floats() -> impl Iterator<Item = Format> {
-    Format::ALL.into_iter().filter(|f| f.is_float())
+    Format::ALL.into_iter().filter(|f| !f.is_coded())
 }
 
 /// Row lengths to try: one block, an odd number of them, many.
@@ -225,7 +236,10 @@ fn floats_meet_one_row() {
     for (isa, kernels) in tables() {
         let mut random = Random(3);
         for format in floats() {
-            for cols in [1, 4, 15, 16, 17, 64, 100, 1031] {
+            for cols in [1, 4, 15, 16, 17, 32, 64, 96, 100, 1024, 1031] {
+                if cols % format.block_len() != 0 {
+                    continue;
+                }
                 let rows = 5;
                 let data = random.rows(format, rows, cols);
                 let x = random.numbers(cols);
@@ -252,7 +266,8 @@ struct Panel {
 impl Panel {
     fn new(kernels: &Kernels, format: Format, data: &[u8], rows: usize, cols: usize) -> Self {
         let sub = if matches!(format, Format::Q2_K | Format::Q3_K | Format::Q6_K) { 16 } else { 32 };
-        let has_min = matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K);
+        let has_min =
+            matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z);
         let mut panel = Panel {
             codes: Aligned::zeroed(cols * PANEL),
             scale: Aligned::zeroed(cols / sub * PANEL),
@@ -356,7 +371,10 @@ fn floats_are_packed_alike() {
     for (isa, kernels) in tables() {
         let mut random = Random(7);
         for format in floats() {
-            for (rows, cols) in [(16, 64), (16, 37), (9, 16), (1, 3)] {
+            for (rows, cols) in [(16, 64), (16, 37), (9, 16), (9, 32), (1, 3), (1, 96)] {
+                if cols % format.block_len() != 0 {
+                    continue;
+                }
                 let data = random.rows(format, rows, cols);
                 let (mut want, mut got) = (vec![77f32; cols * PANEL], vec![77f32; cols * PANEL]);
                 (scalar::kernels().pack_floats)(format)(&data, rows, cols, &mut want);

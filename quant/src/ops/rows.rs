@@ -9,6 +9,18 @@ const GRAIN: usize = 16384;
 type EachRow<'a> = dyn Fn(usize, &[f32], &mut [f32]) + Sync + 'a;
 
 impl Cpu {
+    /// `out[r, i] = x[r, order[i]]` for rows of `order.len()` columns.
+    ///
+    /// # Panics
+    /// When `x` and `out` are not as many whole rows, or `order` names a column that is not there.
+    pub fn gather_columns(&self, x: &[f32], order: &[u32], out: &mut [f32]) {
+        self.rows(order.len(), x, out, &|x, out| {
+            for (out, &i) in out.iter_mut().zip(order) {
+                *out = x[i as usize];
+            }
+        });
+    }
+
     /// Rows of `weight.len()`: `out = x / sqrt(mean(x^2) + eps) * (weight + offset)` (Zhang and Sennrich 2019; `offset`
     /// is 1 for the families that store the weight less one, else 0).
     pub fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f32, offset: f32, out: &mut [f32]) {

@@ -2,9 +2,9 @@
 
 use rushlight_quant::formats::Format;
 
-/// GGUF's number for `format`.
-pub fn number(format: Format) -> u32 {
-    match format {
+/// GGUF's number for `format`; `None` for the formats that exist in memory only.
+pub fn number(format: Format) -> Option<u32> {
+    Some(match format {
         Format::F32 => 0,
         Format::F16 => 1,
         Format::Q4_0 => 2,
@@ -21,12 +21,13 @@ pub fn number(format: Format) -> u32 {
         Format::IQ4_XS => 23,
         Format::BF16 => 30,
         Format::MXFP4 => 39,
-    }
+        Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => return None,
+    })
 }
 
 /// The format with GGUF's number `n`.
 pub fn format(n: u32) -> Option<Format> {
-    Format::ALL.into_iter().find(|&format| number(format) == n)
+    Format::ALL.into_iter().find(|&format| number(format) == Some(n))
 }
 
 /// The name of a type that GGUF knows and we do not.

@@ -1,7 +1,7 @@
 use super::{DEFAULT_ALIGNMENT, MAX_DIMS, number};
-use crate::checkpoint::{AtomicFile, Metadata, TensorInfo, Value, ValueType, index_by_name};
+use crate::checkpoint::stream::TensorStream;
+use crate::checkpoint::{Metadata, TensorInfo, Value, ValueType, index_by_name};
 use crate::{Error, Result};
-use std::io::Write;
 use std::path::Path;
 
 /// Longest tensor name that llama.cpp reads.
@@ -11,12 +11,7 @@ const MAX_TENSOR_NAME: usize = 63;
 /// appears under its name only when it is whole; a writer dropped before that leaves nothing.
 #[derive(Debug)]
 pub struct Writer {
-    out: AtomicFile,
-    /// Names and sizes in bytes.
-    tensors: Vec<(String, usize)>,
-    /// The tensor being written, and how many of its bytes are.
-    current: usize,
-    written: usize,
+    stream: TensorStream,
 }
 
 impl Writer {
@@ -28,7 +23,7 @@ impl Writer {
         if let Err(name) = index_by_name(tensors, |t| &t.name) {
             return Err(Error::file(path, format!("cannot be written: tensor '{name}' comes twice")));
         }
-        let mut sizes = Vec::with_capacity(tensors.len());
+        let (mut sizes, mut numbers) = (Vec::with_capacity(tensors.len()), Vec::with_capacity(tensors.len()));
         for tensor in tensors {
             let fits = tensor.name.len() <= MAX_TENSOR_NAME
                 && tensor.shape.len() <= MAX_DIMS as usize
@@ -37,58 +32,33 @@ impl Writer {
                 let TensorInfo { name, format, shape } = tensor;
                 return Err(Error::file(path, format!("GGUF cannot hold tensor '{name}': {format} {shape:?}")));
             };
+            let Some(number) = number(tensor.format) else {
+                let TensorInfo { name, format, .. } = tensor;
+                return Err(Error::file(
+                    path,
+                    format!("GGUF has no type for tensor '{name}', which is {format} in memory: convert it first"),
+                ));
+            };
             sizes.push((tensor.name.clone(), bytes));
+            numbers.push(number);
         }
-        let header = header(metadata, tensors, &sizes);
-        let mut writer = Writer { out: AtomicFile::create(path)?, tensors: sizes, current: 0, written: 0 };
-        writer.put(&header)?;
-        writer.skip_written()?;
-        Ok(writer)
+        let header = header(metadata, tensors, &numbers, &sizes);
+        Ok(Writer { stream: TensorStream::create(path, &header, sizes, DEFAULT_ALIGNMENT as usize)? })
     }
 
     /// Writes the next bytes of tensor `name`: all of them, or as many rows at a time as suits. Tensors come in the
     /// order given at the start, each to its end.
     pub fn write(&mut self, name: &str, data: &[u8]) -> Result<()> {
-        let (expected, size) = match self.tensors.get(self.current) {
-            Some((expected, size)) => (expected.as_str(), *size),
-            None => ("no further tensor", 0),
-        };
-        if expected != name {
-            return Err(Error::file(self.out.target(), format!("tensor '{name}' was written, {expected} was due")));
-        }
-        if data.len() > size - self.written {
-            return Err(Error::file(self.out.target(), format!("tensor '{name}' has more than its {size} bytes")));
-        }
-        self.put(data)?;
-        self.written += data.len();
-        self.skip_written()
+        self.stream.write(name, data)
     }
 
     /// Gives the file its name. Every tensor must have been written.
     pub fn finish(self) -> Result<()> {
-        match self.tensors.get(self.current) {
-            Some((name, _)) => Err(Error::file(self.out.target(), format!("tensor '{name}' was not written whole"))),
-            None => self.out.commit(),
-        }
-    }
-
-    /// Goes on to the next tensor when the current one is whole.
-    fn skip_written(&mut self) -> Result<()> {
-        while self.tensors.get(self.current).is_some_and(|(_, size)| *size == self.written) {
-            let padding = self.written.next_multiple_of(DEFAULT_ALIGNMENT as usize) - self.written;
-            self.put(&[0; DEFAULT_ALIGNMENT as usize][..padding])?;
-            self.current += 1;
-            self.written = 0;
-        }
-        Ok(())
-    }
-
-    fn put(&mut self, data: &[u8]) -> Result<()> {
-        self.out.write_all(data).map_err(|e| Error::io(self.out.target(), e))
+        self.stream.finish()
     }
 }
 
-fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]) -> Vec<u8> {
+fn header(metadata: &Metadata, tensors: &[TensorInfo], numbers: &[u32], sizes: &[(String, usize)]) -> Vec<u8> {
     let entries = || metadata.0.iter().filter(|(key, _)| *key != "general.alignment");
     let mut out = Vec::new();
     out.extend(b"GGUF");
@@ -102,7 +72,7 @@ fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]
         put_value(&mut out, value);
     }
     let mut offset = 0u64;
-    for (tensor, (_, bytes)) in tensors.iter().zip(sizes) {
+    for ((tensor, number), (_, bytes)) in tensors.iter().zip(numbers).zip(sizes) {
         put_string(&mut out, &tensor.name);
         // A scalar is written as one element: readers want a dimension.
         let shape: &[usize] = if tensor.shape.is_empty() { &[1] } else { &tensor.shape };
@@ -110,7 +80,7 @@ fn header(metadata: &Metadata, tensors: &[TensorInfo], sizes: &[(String, usize)]
         for &dim in shape.iter().rev() {
             out.extend((dim as u64).to_le_bytes());
         }
-        out.extend(number(tensor.format).to_le_bytes());
+        out.extend(number.to_le_bytes());
         out.extend(offset.to_le_bytes());
         offset += (*bytes as u64).next_multiple_of(DEFAULT_ALIGNMENT);
     }

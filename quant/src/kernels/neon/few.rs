@@ -1,7 +1,7 @@
 //! Few rows: each packed weight row is read once and multiplied where it lies.
 
 use super::instructions::*;
-use crate::formats::{BlockFormat, Format, Group, Visitor};
+use crate::formats::{BlockFormat, FP4, Format, Group, NF4, TableFormat, Visitor, table};
 use crate::kernels::{DotCodes, DotFloats, QuantizedRow, scalar};
 
 pub(super) fn dot_codes_plain(format: Format) -> DotCodes {
@@ -84,7 +84,29 @@ pub(super) fn dot_floats(format: Format) -> DotFloats {
     match format {
         Format::F32 => dot_floats_of::<F32>,
         Format::F16 => dot_floats_of::<F16>,
+        Format::NF4 => dot_table_of::<NF4>,
+        Format::FP4 => dot_table_of::<FP4>,
         _ => dot_floats_of::<BF16>,
+    }
+}
+
+fn dot_table_of<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
+    let look_up = FloatTable::new(&T::TABLE);
+    let row_bytes = x.len() / 32 * table::BYTES;
+    for (out, row) in out.iter_mut().zip(data.chunks_exact(row_bytes)) {
+        let mut sums = [vdupq_n_f32(0.0); 4];
+        for (block, x) in row.as_chunks::<{ table::BYTES }>().0.iter().zip(x.as_chunks::<32>().0) {
+            let ([scale, ..], _) = block.as_chunks::<4>() else { continue };
+            let scale = f32::from_le_bytes(*scale);
+            let Some(codes) = block.last_chunk::<16>() else { continue };
+            let (first, second) = look_up.nibbles(codes);
+            let (x, _) = x.as_chunks::<4>();
+            for i in 0..4 {
+                let products = vfmaq_f32(vmulq_f32(first[i], load_f32(&x[i])), second[i], load_f32(&x[4 + i]));
+                sums[i] = vfmaq_n_f32(sums[i], products, scale);
+            }
+        }
+        *out = vaddvq_f32(vaddq_f32(vaddq_f32(sums[0], sums[1]), vaddq_f32(sums[2], sums[3])));
     }
 }
 

@@ -31,6 +31,7 @@ instructions! {
     vcvtq_f32_s32(x: int32x4_t) -> float32x4_t;
     vaddq_f32(a: float32x4_t, b: float32x4_t) -> float32x4_t;
     vaddvq_f32(x: float32x4_t) -> f32;
+    vmulq_f32(a: float32x4_t, b: float32x4_t) -> float32x4_t;
     vmulq_n_f32(a: float32x4_t, b: f32) -> float32x4_t;
     vfmaq_f32(acc: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t;
     vfmaq_n_f32(acc: float32x4_t, a: float32x4_t, b: f32) -> float32x4_t;
@@ -188,6 +189,52 @@ impl Sdot for Dotprod {
                 options(pure, nomem, nostack, preserves_flags));
         }
         acc
+    }
+}
+
+/// A table of 16 floats, byte by byte: `tbl` looks up bytes.
+pub struct FloatTable([arch::uint8x16_t; 4]);
+
+impl FloatTable {
+    /// The table, ready.
+    #[inline(always)]
+    pub fn new(table: &[f32; 16]) -> Self {
+        let mut bytes = [[0u8; 16]; 4];
+        for (i, x) in table.iter().enumerate() {
+            for (k, byte) in x.to_le_bytes().into_iter().enumerate() {
+                bytes[k][i] = byte;
+            }
+        }
+        // SAFETY: 16 bytes are there each.
+        FloatTable(bytes.map(|plane| unsafe { arch::vld1q_u8(plane.as_ptr()) }))
+    }
+
+    /// What the low halves of 16 bytes stand for, and the high ones.
+    #[inline(always)]
+    pub fn nibbles(&self, codes: &[u8; 16]) -> ([float32x4_t; 4], [float32x4_t; 4]) {
+        // SAFETY: 16 bytes are there; instructions of every AArch64 processor.
+        unsafe {
+            let codes = arch::vld1q_u8(codes.as_ptr());
+            (self.look_up(arch::vandq_u8(codes, arch::vdupq_n_u8(15))), self.look_up(arch::vshrq_n_u8::<4>(codes)))
+        }
+    }
+
+    #[inline(always)]
+    fn look_up(&self, codes: arch::uint8x16_t) -> [float32x4_t; 4] {
+        // SAFETY: instructions of every AArch64 processor, on registers only.
+        unsafe {
+            let planes = self.0.map(|plane| arch::vqtbl1q_u8(plane, codes));
+            let wide = |v| arch::vreinterpretq_u16_u8(v);
+            // The low halves of the floats and their high halves, for the first eight codes and the last.
+            let low = [wide(arch::vzip1q_u8(planes[0], planes[1])), wide(arch::vzip2q_u8(planes[0], planes[1]))];
+            let high = [wide(arch::vzip1q_u8(planes[2], planes[3])), wide(arch::vzip2q_u8(planes[2], planes[3]))];
+            [
+                arch::vreinterpretq_f32_u16(arch::vzip1q_u16(low[0], high[0])),
+                arch::vreinterpretq_f32_u16(arch::vzip2q_u16(low[0], high[0])),
+                arch::vreinterpretq_f32_u16(arch::vzip1q_u16(low[1], high[1])),
+                arch::vreinterpretq_f32_u16(arch::vzip2q_u16(low[1], high[1])),
+            ]
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Weight rows unpacked into panels for many-row products.
 
 use super::instructions::*;
-use crate::formats::{BlockFormat, Format, Group, Visitor};
+use crate::formats::{BlockFormat, FP4, Format, Group, NF4, Visitor};
 use crate::kernels::{PANEL, PackCodes, PackFloats, scalar};
 
 pub(super) fn pack_codes(format: Format) -> PackCodes {
@@ -56,6 +56,8 @@ pub(super) fn pack_floats(format: Format) -> PackFloats {
     match format {
         Format::F32 => pack_floats_of::<F32>,
         Format::F16 => pack_floats_of::<F16>,
+        Format::NF4 => scalar::pack_table_of::<NF4>,
+        Format::FP4 => scalar::pack_table_of::<FP4>,
         _ => pack_floats_of::<BF16>,
     }
 }

@@ -1,0 +1,289 @@
+//! Quantizing one matrix with the help of its Hessian: several ways are tried and each row keeps what suits it best.
+
+use super::factor::Factor;
+use super::gptq::{Fit, Order, Plan, Variant, run};
+use super::grid::Grid;
+use super::hessian::Hessian;
+use super::refine::refine;
+use super::solution::{Problem, Solution};
+use crate::buffer::Aligned;
+use crate::cpu::Cpu;
+
+/// How [`gptq`] goes about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GptqOptions {
+    /// Ways to run GPTQ; each row keeps the best, or what rounding gives where that is better.
+    pub variants: Vec<Variant>,
+    /// Passes over all codes and scales afterwards, each changed wherever that lowers the error.
+    pub sweeps: usize,
+    /// For groups: search for the scale with the least error rather than span the largest weights.
+    pub search: bool,
+    /// For groups: scales are rounded to f16, as files store them.
+    pub half_scales: bool,
+}
+
+impl Default for GptqOptions {
+    /// What served activations that it had not seen best, on layers of two models (see `docs/decisions.md`).
+    fn default() -> Self {
+        let variant = |order, fit| Variant { damping: 0.1, order, fit };
+        GptqOptions {
+            variants: vec![variant(Order::FallingBlocks, Fit::Fresh), variant(Order::Falling, Fit::Static)],
+            sweeps: 2,
+            search: true,
+            half_scales: true,
+        }
+    }
+}
+
+/// Where the codes of a row come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// Rounding to nearest, as [`super::encode`] does without importance.
+    Rounded,
+    /// The same with the diagonal of the Hessian as importance.
+    Weighted,
+    /// GPTQ.
+    Gptq(Variant),
+}
+
+/// What a matrix became.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Codes {
+    /// Packed rows of a block format.
+    Blocks(Vec<u8>),
+    /// Integer codes: weight = `scales[r, g] * (codes[r, c] - zeros[r, g])` with `g = group_of[c]`.
+    Groups {
+        /// `[rows, cols]`, columns in their own order.
+        codes: Vec<u8>,
+        /// `[rows, groups]`
+        scales: Vec<f32>,
+        /// `[rows, groups]`
+        zeros: Vec<u8>,
+        /// `[cols]`: the group of each column.
+        group_of: Vec<u32>,
+    },
+}
+
+/// The result of [`gptq`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Quantized {
+    /// The quantized weights.
+    pub codes: Codes,
+    /// `tr(D H D^T)` of what was lost, `D = quantized - weights`: summed over outputs, twice the mean squared error.
+    pub objective: f64,
+    /// The same of rounding to nearest.
+    pub rounded: f64,
+    /// Both by the held-out Hessian, where one was given.
+    pub held_out: Option<(f64, f64)>,
+    /// How many rows took their codes from where.
+    pub methods: Vec<(Method, usize)>,
+    /// Rows whose codes or scales were bettered afterwards.
+    pub refined: usize,
+}
+
+/// Why a matrix cannot be quantized.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum GptqError {
+    /// The numbers do not form matrices that fit each other.
+    #[error("{0}")]
+    Shape(String),
+    /// This grid is none.
+    #[error("{0}")]
+    Grid(String),
+    /// NaN or infinite numbers.
+    #[error("{0} not finite numbers: the checkpoint is damaged, or the model overflows on the calibration text")]
+    NotFinite(&'static str),
+    /// No damping makes the Hessian positive definite.
+    #[error(
+        "the Hessian is not positive definite, even with {0:.2} of its mean diagonal added: use more calibration text"
+    )]
+    NotPositiveDefinite(f64),
+}
+
+/// Quantizes `weights` (`[rows, cols]`) to `grid` so that the layer's outputs change little on the activations that
+/// `hessian` was made of.
+///
+/// Every row is judged by itself, by `held_out` where it is given (activations that GPTQ has not seen, so that fitting
+/// the calibration text too closely shows) and else by `hessian`, and is never worse than rounded to nearest.
+/// The result does not depend on the number of threads.
+///
+/// Takes about `6 cols^2 + 20 rows * cols` bytes of memory beside the arguments.
+///
+/// # Errors
+/// See [`GptqError`].
+pub fn gptq(
+    cpu: &Cpu,
+    weights: &[f32],
+    rows: usize,
+    hessian: &Hessian,
+    held_out: Option<&Hessian>,
+    grid: Grid,
+    options: &GptqOptions,
+) -> Result<Quantized, GptqError> {
+    let cols = hessian.cols();
+    check(weights, rows, hessian, held_out, grid)?;
+    let p = Problem { cpu, weights, rows, cols, grid, search: options.search, half: options.half_scales };
+    let judge = held_out.unwrap_or(hessian);
+    let mut diagonal: Vec<f64> = (0..cols).map(|c| hessian.get(c, c)).collect();
+    let live: Vec<f64> = diagonal.iter().copied().filter(|d| *d > 0.0).collect();
+    let mean = if live.is_empty() { 1.0 } else { live.iter().sum::<f64>() / live.len() as f64 };
+    // A column that calibration never used is rounded as if it were an ordinary one: it may be used later.
+    diagonal.iter_mut().filter(|d| **d <= 0.0).for_each(|d| *d = mean);
+
+    let mut errors = Aligned::<f32>::zeroed(rows * cols);
+    let rounded = Solution::round(&Problem { search: false, ..p }, None);
+    rounded.errors(&p, &mut errors);
+    let rounded_objective: f64 = hessian.objective(cpu, &errors).iter().sum();
+    let costs = judge.objective(cpu, &errors);
+    let rounded_judged: f64 = costs.iter().sum();
+    let mut methods = vec![Method::Rounded];
+    let mut families = vec![Family { chosen: vec![0; rows], solution: rounded, costs }];
+    let importance: Vec<f32> = diagonal.iter().map(|d| *d as f32).collect();
+    let weighted = Solution::round(&p, Some(&importance));
+    consider(&mut families, &mut methods, Method::Weighted, weighted.clone(), judge, &p, &mut errors);
+
+    let mut last: Option<(Vec<u32>, f64, Factor)> = None;
+    for variant in &options.variants {
+        let plan = Plan::new(&p, variant, &diagonal);
+        let mut damping = variant.damping.max(0.0) * mean;
+        let known = last.take().filter(|(order, d, _)| *order == plan.order && *d == damping);
+        let factor = match known {
+            Some((_, _, factor)) => factor,
+            None => loop {
+                if let Some(factor) = Factor::new(cpu, hessian, &plan.order, damping, mean) {
+                    break factor;
+                }
+                damping = (damping * 10.0).max(1e-4 * mean);
+                if damping > 100.0 * mean {
+                    return Err(GptqError::NotPositiveDefinite(damping / mean));
+                }
+            },
+        };
+        let start = variant.is_static(&p).then_some(&weighted);
+        let solution = run(&p, &plan, &factor, variant.fit, start);
+        consider(&mut families, &mut methods, Method::Gptq(*variant), solution, judge, &p, &mut errors);
+        last = Some((plan.order, variant.damping.max(0.0) * mean, factor));
+    }
+    drop((last, weighted));
+
+    let best = families
+        .into_iter()
+        .min_by(|a, b| a.costs.iter().sum::<f64>().total_cmp(&b.costs.iter().sum::<f64>()))
+        .expect("rounding is always there");
+    let Family { mut solution, mut costs, chosen } = best;
+    let mut counts: Vec<(Method, usize)> = methods.iter().map(|m| (*m, 0)).collect();
+    chosen.iter().for_each(|m| counts[*m].1 += 1);
+    let mut refined = vec![false; rows];
+    if options.sweeps > 0 {
+        // As stiff as the way that suited most rows.
+        let damping = match counts.iter().max_by_key(|(_, rows)| *rows) {
+            Some((Method::Gptq(variant), _)) => variant.damping.max(0.0),
+            _ => 0.1,
+        } * mean;
+        let mut next = solution.clone();
+        refine(&p, hessian, damping, options.sweeps, &mut next);
+        next.errors(&p, &mut errors);
+        for (r, cost) in judge.objective(cpu, &errors).into_iter().enumerate() {
+            if cost < costs[r] {
+                solution.take_row(&next, r);
+                (costs[r], refined[r]) = (cost, true);
+            }
+        }
+    }
+    solution.errors(&p, &mut errors);
+    let objective = hessian.objective(cpu, &errors).iter().sum();
+    let zeros = || solution.offsets.iter().map(|z| *z as u8).collect();
+    Ok(Quantized {
+        objective,
+        rounded: rounded_objective,
+        held_out: held_out.map(|_| (costs.iter().sum(), rounded_judged)),
+        methods: counts,
+        refined: refined.iter().filter(|r| **r).count(),
+        codes: match grid {
+            Grid::Blocks(_) => Codes::Blocks(solution.packed),
+            Grid::Group { .. } => Codes::Groups {
+                zeros: zeros(),
+                codes: solution.codes,
+                scales: solution.scales,
+                group_of: solution.unit_of,
+            },
+        },
+    })
+}
+
+/// Solutions whose columns are grouped alike, and so can be mixed row by row.
+struct Family {
+    solution: Solution,
+    costs: Vec<f64>,
+    /// The method of each row.
+    chosen: Vec<usize>,
+}
+
+/// Takes the rows of `solution` that are better than those so far.
+fn consider(
+    families: &mut Vec<Family>,
+    methods: &mut Vec<Method>,
+    method: Method,
+    solution: Solution,
+    judge: &Hessian,
+    p: &Problem<'_>,
+    errors: &mut [f32],
+) {
+    let m = methods.len();
+    methods.push(method);
+    solution.errors(p, errors);
+    let costs = judge.objective(p.cpu, errors);
+    match families.iter_mut().find(|f| f.solution.unit_of == solution.unit_of) {
+        Some(family) => {
+            for (r, cost) in costs.into_iter().enumerate() {
+                if cost < family.costs[r] {
+                    family.solution.take_row(&solution, r);
+                    (family.costs[r], family.chosen[r]) = (cost, m);
+                }
+            }
+        }
+        None => families.push(Family { solution, costs, chosen: vec![m; p.rows] }),
+    }
+}
+
+fn check(
+    weights: &[f32],
+    rows: usize,
+    hessian: &Hessian,
+    held_out: Option<&Hessian>,
+    grid: Grid,
+) -> Result<(), GptqError> {
+    let cols = hessian.cols();
+    if cols == 0 || rows.checked_mul(cols) != Some(weights.len()) {
+        let message = format!("{} weights are no matrix of {rows} rows and {cols} columns", weights.len());
+        return Err(GptqError::Shape(message));
+    }
+    for h in [Some(hessian), held_out].into_iter().flatten() {
+        if h.cols() != cols {
+            return Err(GptqError::Shape(format!("a held-out Hessian of {} columns beside one of {cols}", h.cols())));
+        }
+        if h.rows() == 0 {
+            return Err(GptqError::Shape("a Hessian of no activations".into()));
+        }
+        if !h.is_finite() {
+            return Err(GptqError::NotFinite("the layer's activations are"));
+        }
+    }
+    match grid {
+        Grid::Blocks(format) if format.levels().is_none() => {
+            return Err(GptqError::Grid(format!("{format} holds no codes")));
+        }
+        Grid::Blocks(format) if format.row_bytes(cols).is_none() => {
+            return Err(GptqError::Grid(format!("{cols} columns are no whole number of {format} blocks")));
+        }
+        Grid::Group { bits, .. } if ![2, 3, 4, 8].contains(&bits) => {
+            return Err(GptqError::Grid(format!("{bits}-bit groups: only 2, 3, 4 and 8 bits")));
+        }
+        Grid::Group { group: 0, .. } => return Err(GptqError::Grid("groups of no columns".into())),
+        _ => {}
+    }
+    if weights.iter().any(|w| !w.is_finite()) {
+        return Err(GptqError::NotFinite("the weights are"));
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! GPTQ on whole matrices: never worse than rounding, the same on any number of threads, and no input that breaks it.
+
+use rushlight_quant::formats::Format;
+use rushlight_quant::quantize::{
+    Codes, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Variant, encode, gptq,
+};
+use rushlight_quant::{Cpu, Isa};
+
+const FORMATS: [Format; 12] = [
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q8_0,
+    Format::Q2_K,
+    Format::Q3_K,
+    Format::Q4_K,
+    Format::Q5_K,
+    Format::Q6_K,
+    Format::IQ4_NL,
+    Format::IQ4_XS,
+];
+
+fn grids() -> Vec<Grid> {
+    let group = |bits, group, symmetric| Grid::Group { bits, group, symmetric };
+    let mut grids: Vec<Grid> = FORMATS.into_iter().map(Grid::Blocks).collect();
+    grids.extend([group(4, 128, true), group(3, 100, false), group(2, 16, false), group(8, 1000, true)]);
+    grids
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// Weights, and two batches of activations that a few common directions dominate.
+fn layer(rows: usize, cols: usize, seed: u64) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let mut random = Random(seed);
+    let mixing: Vec<f32> = (0..8 * cols).map(|_| random.next()).collect();
+    let mut activations = |n: usize| {
+        let mut x = vec![0f32; n * cols];
+        for x in x.chunks_mut(cols) {
+            let strong: [f32; 8] = std::array::from_fn(|_| 3.0 * random.next());
+            for (c, x) in x.iter_mut().enumerate() {
+                *x = random.next() + strong.iter().enumerate().map(|(s, a)| a * mixing[s * cols + c]).sum::<f32>();
+            }
+        }
+        x
+    };
+    let (first, second) = (activations(2 * cols), activations(cols));
+    let weights = (0..rows * cols).map(|_| 0.02 * (random.next() + random.next() + random.next())).collect();
+    (weights, first, second)
+}
+
+fn hessian(cpu: &Cpu, cols: usize, x: &[f32]) -> Hessian {
+    let mut hessian = Hessian::new(cols);
+    hessian.add(cpu, x);
+    hessian
+}
+
+fn decoded(q: &Quantized, grid: Grid, cols: usize, n: usize) -> Vec<f32> {
+    let mut out = vec![0f32; n];
+    match (&q.codes, grid) {
+        (Codes::Blocks(bytes), Grid::Blocks(format)) => format.decode(bytes, &mut out),
+        (Codes::Groups { codes, scales, zeros, group_of }, Grid::Group { bits, .. }) => {
+            let groups = scales.len() / (n / cols);
+            for (i, out) in out.iter_mut().enumerate() {
+                assert!(u32::from(codes[i]) < 1 << bits);
+                let g = i / cols * groups + group_of[i % cols] as usize;
+                *out = scales[g] * (f32::from(codes[i]) - f32::from(zeros[g]));
+            }
+        }
+        _ => panic!("codes of another grid"),
+    }
+    out
+}
+
+fn objective(cpu: &Cpu, hessian: &Hessian, weights: &[f32], decoded: &[f32]) -> f64 {
+    let errors: Vec<f32> = decoded.iter().zip(weights).map(|(a, b)| a - b).collect();
+    hessian.objective(cpu, &errors).iter().sum()
+}
+
+#[test]
+fn every_grid_gains_and_says_what_it_gained_on_any_number_of_threads() {
+    let (rows, cols) = (50, 512);
+    let (weights, x, y) = layer(rows, cols, 3);
+    let cpu = Cpu::new(1, Isa::best());
+    let (h, held) = (hessian(&cpu, cols, &x), hessian(&cpu, cols, &y));
+    for grid in grids() {
+        let options = GptqOptions::default();
+        let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+        assert!(q.objective < 0.8 * q.rounded, "{grid:?}: {} of {}", q.objective, q.rounded);
+        let again = objective(&cpu, &h, &weights, &decoded(&q, grid, cols, weights.len()));
+        assert!((again - q.objective).abs() < 1e-4 * again, "{grid:?}: {again}, said {}", q.objective);
+        assert_eq!(q.methods.iter().map(|m| m.1).sum::<usize>(), rows);
+        let plain = GptqOptions { sweeps: 0, ..options.clone() };
+        let unrefined = gptq(&cpu, &weights, rows, &h, None, grid, &plain).unwrap();
+        assert!(q.objective < unrefined.objective && q.refined > 0, "{grid:?}");
+
+        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        let (gained, rounded) = q.held_out.unwrap();
+        assert!(gained < 0.9 * rounded, "{grid:?}: {gained} of {rounded} held out");
+        let again = objective(&cpu, &held, &weights, &decoded(&q, grid, cols, weights.len()));
+        assert!((again - gained).abs() < 1e-4 * again, "{grid:?}: {again}, said {gained}");
+        let threaded = gptq(&Cpu::new(3, Isa::best()), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        assert!(q == threaded, "{grid:?}: other bits on three threads");
+        // The plain kernels round products and sums apart, where the others fuse them.
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available() && *isa != Isa::Scalar) {
+            let other = gptq(&Cpu::new(2, isa), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+            assert!(q == other, "{grid:?}: other bits with {}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn no_row_is_worse_than_rounded_where_calibration_misleads() {
+    // The held-out activations have nothing to do with those that GPTQ sees.
+    let (rows, cols) = (20, 256);
+    let (weights, x, _) = layer(rows, cols, 8);
+    let (_, y, _) = layer(1, cols, 9);
+    let cpu = Cpu::new(1, Isa::best());
+    let (h, held) = (hessian(&cpu, cols, &x[..8 * cols]), hessian(&cpu, cols, &y));
+    let costs = |decoded: &[f32]| {
+        let errors: Vec<f32> = decoded.iter().zip(&weights).map(|(a, b)| a - b).collect();
+        held.objective(&cpu, &errors)
+    };
+    for format in FORMATS {
+        let grid = Grid::Blocks(format);
+        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &GptqOptions::default()).unwrap();
+        let mut bytes = vec![0; format.row_bytes(weights.len()).unwrap()];
+        encode(format, &weights, cols, None, &mut bytes);
+        let mut rounded = vec![0f32; weights.len()];
+        format.decode(&bytes, &mut rounded);
+        let rows = costs(&decoded(&q, grid, cols, weights.len())).into_iter().zip(costs(&rounded));
+        for (r, (a, b)) in rows.enumerate() {
+            assert!(a <= b * (1.0 + 1e-6), "{format} row {r}: {a}, rounded {b}");
+        }
+        // Judged by what it was fitted to, GPTQ believes that it gains.
+        let blind = gptq(&cpu, &weights, 20, &h, None, grid, &GptqOptions::default()).unwrap();
+        let (misled, careful) = (costs(&decoded(&blind, grid, cols, weights.len())), q.held_out.unwrap().0);
+        assert!(misled.iter().sum::<f64>() > careful, "{format}");
+    }
+}
+
+#[test]
+fn without_correlations_it_is_rounding() {
+    let (rows, cols) = (9, 256);
+    let (weights, _, _) = layer(rows, cols, 1);
+    let cpu = Cpu::new(2, Isa::best());
+    let mut x = vec![0f32; cols * cols];
+    (0..cols).for_each(|c| x[c * cols + c] = 3.0);
+    let h = hessian(&cpu, cols, &x);
+    for group in [32, 100, usize::MAX] {
+        for symmetric in [false, true] {
+            let grid = Grid::Group { bits: 4, group, symmetric };
+            let options = |variants| GptqOptions { variants, sweeps: 0, search: false, half_scales: true };
+            let rounded = gptq(&cpu, &weights, rows, &h, None, grid, &options(vec![])).unwrap();
+            for (order, fit) in
+                [(Order::Natural, Fit::Lazy), (Order::Falling, Fit::Static), (Order::FallingBlocks, Fit::Fresh)]
+            {
+                let variants = vec![Variant { damping: 0.01, order, fit }];
+                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options(variants)).unwrap();
+                assert!(q.codes == rounded.codes, "{grid:?} {order:?} {fit:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn strange_numbers_are_quantized_too() {
+    let cpu = Cpu::new(1, Isa::best());
+    let (rows, cols) = (4, 256);
+    let (mut weights, mut x, _) = layer(rows, cols, 2);
+    weights[..cols].fill(0.0);
+    weights[cols..2 * cols].iter_mut().for_each(|w| *w *= 1e-30);
+    weights[2 * cols..3 * cols].iter_mut().for_each(|w| *w *= 1e8);
+    // Columns that calibration never uses, and some that are always alike.
+    for x in x.chunks_mut(cols) {
+        x[5] = 0.0;
+        x[40..80].fill(0.0);
+        x[101] = x[100];
+        x[102] = 2.0 * x[100];
+    }
+    for x in [&x[..], &x[..cols], &vec![0.0; 3 * cols][..]] {
+        let h = hessian(&cpu, cols, x);
+        for grid in grids() {
+            for damping in [0.0, 0.1] {
+                let mut options = GptqOptions::default();
+                options.variants.iter_mut().for_each(|v| v.damping = damping);
+                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+                assert!(q.objective <= q.rounded, "{grid:?}");
+                assert!(decoded(&q, grid, cols, weights.len()).iter().all(|w| w.is_finite()), "{grid:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn impossible_input_is_refused() {
+    let cpu = Cpu::new(1, Isa::best());
+    let (rows, cols) = (2, 64);
+    let (weights, x, _) = layer(rows, cols, 4);
+    let h = hessian(&cpu, cols, &x);
+    let options = GptqOptions::default();
+    let q4_0 = Grid::Blocks(Format::Q4_0);
+    let run = |weights: &[f32], rows, h: &Hessian, held: Option<&Hessian>, grid| {
+        gptq(&cpu, weights, rows, h, held, grid, &options).unwrap_err()
+    };
+    let shape = |e: GptqError| assert!(matches!(e, GptqError::Shape(_)), "{e}");
+    shape(run(&weights, 3, &h, None, q4_0));
+    shape(run(&weights, usize::MAX, &h, None, q4_0));
+    shape(run(&weights, rows, &Hessian::new(cols), None, q4_0));
+    shape(run(&weights, rows, &h, Some(&hessian(&cpu, 32, &x)), q4_0));
+    shape(run(&[], 0, &Hessian::new(0), None, q4_0));
+    for grid in [
+        Grid::Blocks(Format::F16),
+        Grid::Blocks(Format::Q4_K),
+        Grid::Group { bits: 5, group: 32, symmetric: true },
+        Grid::Group { bits: 4, group: 0, symmetric: true },
+    ] {
+        assert!(matches!(run(&weights, rows, &h, None, grid), GptqError::Grid(_)));
+    }
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut weights = weights.clone();
+        weights[70] = bad;
+        assert!(matches!(run(&weights, rows, &h, None, q4_0), GptqError::NotFinite(_)));
+        let mut x = x.clone();
+        x[3] = bad;
+        assert!(matches!(run(&weights[..cols], 1, &hessian(&cpu, cols, &x), None, q4_0), GptqError::NotFinite(_)));
+    }
+}

@@ -1,0 +1,153 @@
+//! A backend that shows the inputs of linear layers to an observer, and otherwise computes as the CPU does.
+
+use crate::engine::cpu::{Activations, CpuBackend};
+use rushlight_models::backend::{AttentionSpec, Backend, Batch};
+use rushlight_models::model::{ExpertWeights, Linear, Model, NormWeights, Table};
+use rushlight_models::spec::{Experts, Norm};
+use rushlight_models::{Error, Result};
+use rushlight_quant::Cpu;
+use rushlight_quant::ops::Activation;
+use std::ops::ControlFlow;
+
+/// Looks at what goes into linear layers.
+pub trait Observer {
+    /// `x` is about to be multiplied by the weights of `layers`, which share it. `Break` ends the pass here: the
+    /// products are not computed, nor what would follow.
+    fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()>;
+}
+
+/// Looks at nothing.
+impl Observer for () {
+    fn input(&mut self, _: &Cpu, _: &Activations, _: &[&Linear]) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// [`CpuBackend`] with an observer.
+pub struct Capture<'a, O> {
+    backend: &'a mut CpuBackend,
+    observer: &'a mut O,
+    /// All layers use the first layer's cache: for a pass through one layer at a time.
+    one_cache: bool,
+    stopped: bool,
+}
+
+impl<'a, O: Observer> Capture<'a, O> {
+    /// Shows `observer` what `backend` multiplies.
+    pub fn new(backend: &'a mut CpuBackend, observer: &'a mut O) -> Self {
+        Capture { backend, observer, one_cache: false, stopped: false }
+    }
+
+    /// The same for passes through one layer at a time, which need the cache of one layer only.
+    pub fn layerwise(backend: &'a mut CpuBackend, observer: &'a mut O) -> Self {
+        Capture { backend, observer, one_cache: true, stopped: false }
+    }
+
+    /// What `pass` gives; `None` where the observer ended it.
+    pub fn run<T>(&mut self, pass: impl FnOnce(&mut Self) -> Result<T>) -> Result<Option<T>> {
+        self.stopped = false;
+        match pass(self) {
+            Ok(value) => Ok(Some(value)),
+            Err(_) if self.stopped => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The backend behind.
+    pub fn backend(&mut self) -> &mut CpuBackend {
+        self.backend
+    }
+}
+
+impl<O: Observer> Backend for Capture<'_, O> {
+    type Tensor = Activations;
+
+    fn begin(&mut self, model: &Model, batch: &Batch<'_>) -> Result<()> {
+        self.backend.begin(model, batch)
+    }
+
+    fn embed(&mut self, table: &Table, ids: &[u32]) -> Result<Activations> {
+        self.backend.embed(table, ids)
+    }
+
+    fn linears<const N: usize>(&mut self, x: &Activations, layers: [&Linear; N]) -> Result<[Activations; N]> {
+        if self.observer.input(self.backend.cpu(), x, &layers).is_break() {
+            self.stopped = true;
+            // Only the way out of the decoder: `run` takes it back.
+            return Err(Error::model("the pass was ended by its observer"));
+        }
+        self.backend.linears(x, layers)
+    }
+
+    fn norm(&mut self, x: &Activations, width: usize, norm: &Norm, weights: &NormWeights) -> Result<Activations> {
+        self.backend.norm(x, width, norm, weights)
+    }
+
+    fn rope(&mut self, x: Activations, head_dim: usize, rope: usize) -> Result<Activations> {
+        self.backend.rope(x, head_dim, rope)
+    }
+
+    fn attention(
+        &mut self,
+        spec: &AttentionSpec<'_>,
+        q: Activations,
+        k: Activations,
+        v: Activations,
+    ) -> Result<Activations> {
+        let layer = if self.one_cache { 0 } else { spec.layer };
+        self.backend.attention(&AttentionSpec { layer, ..*spec }, q, k, v)
+    }
+
+    fn latent(
+        &mut self,
+        kv: Activations,
+        rotated: Activations,
+        heads: usize,
+        value_dim: usize,
+    ) -> Result<(Activations, Activations)> {
+        self.backend.latent(kv, rotated, heads, value_dim)
+    }
+
+    /// What goes into single experts is not shown: each has rows of its own, and too few of them to measure by.
+    fn experts(
+        &mut self,
+        x: &Activations,
+        scores: Activations,
+        spec: &Experts,
+        weights: &ExpertWeights,
+    ) -> Result<Activations> {
+        self.backend.experts(x, scores, spec, weights)
+    }
+
+    fn gate_rows(&mut self, x: Activations, by: Activations) -> Result<Activations> {
+        self.backend.gate_rows(x, by)
+    }
+
+    fn clamp(&mut self, x: Activations, limit: f32) -> Result<Activations> {
+        self.backend.clamp(x, limit)
+    }
+
+    fn gate(&mut self, act: Activation, gate: Activations, up: Activations) -> Result<Activations> {
+        self.backend.gate(act, gate, up)
+    }
+
+    fn activate(&mut self, act: Activation, x: Activations) -> Result<Activations> {
+        self.backend.activate(act, x)
+    }
+
+    fn add(&mut self, x: Activations, y: Activations) -> Result<Activations> {
+        self.backend.add(x, y)
+    }
+
+    fn scale(&mut self, x: Activations, by: f32) -> Result<Activations> {
+        self.backend.scale(x, by)
+    }
+
+    fn softcap(&mut self, x: Activations, cap: f32) -> Result<Activations> {
+        self.backend.softcap(x, cap)
+    }
+
+    fn rows(&mut self, x: &Activations, rows: &[usize]) -> Result<Activations> {
+        self.backend.rows(x, rows)
+    }
+}

@@ -1,0 +1,175 @@
+//! GPTQ on a whole model: from a plan to finished tensors in the scratch folder.
+
+use super::imatrix::gguf_name;
+use super::layers::{Job, Run, State, Target};
+use super::text::{self, Own};
+use crate::quantize::plan::Plan;
+use crate::quantize::scratch::{Fingerprint, Scratch};
+use anyhow::{Result, bail};
+use rushlight_models::checkpoint::{Bytes, Checkpoint};
+use rushlight_models::convert::Source;
+use rushlight_models::model::Model;
+use rushlight_models::tokenizer::Tokenizer;
+use rushlight_quant::Cpu;
+use rushlight_quant::quantize::{Codes, GptqOptions, Grid, gptq};
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
+
+/// What to calibrate on, and how to go about it.
+pub struct Options<'a> {
+    /// A text and its name, instead of the built-in one with texts that the model writes.
+    pub text: Option<(&'a str, &'a str)>,
+    /// Threads; the physical cores where `None`.
+    pub threads: Option<usize>,
+    /// Bytes of memory that may be used beside what is mapped from files.
+    pub memory: u64,
+    /// Set from outside to stop before the next chunk.
+    pub stop: &'a AtomicBool,
+    /// GPTQ's own settings.
+    pub gptq: GptqOptions,
+}
+
+/// How far it has come.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress {
+    /// The model writes texts: steps done, and in all.
+    Writing(usize, usize),
+    /// Layers are being quantized.
+    Layers(State),
+}
+
+impl Options<'_> {
+    /// Fails if the text is too short, before anything is begun.
+    pub fn check(&self, tokenizer: &Tokenizer) -> Result<()> {
+        self.text.map_or(Ok(()), |(text, name)| text::sequences(tokenizer, text, name, text::LENGTH).map(drop))
+    }
+
+    /// `fingerprint` with what decides the result here.
+    pub fn fingerprint(&self, fingerprint: Fingerprint) -> Fingerprint {
+        let text = self.text.map_or(text::BUILT_IN, |(text, _)| text);
+        let hash: String = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+        let own = if self.text.is_none() { " and the model's own" } else { "" };
+        let isa = rushlight_quant::Isa::from_env().map_or(String::new(), |isa| isa.name().into());
+        // Activations are rounded differently with each instruction set.
+        fingerprint
+            .with("calibration", format!("{hash}{own}"))
+            .with("gptq", format!("{:?}", self.gptq))
+            .with("instructions", isa)
+    }
+}
+
+/// Quantizes the linear layers of `checkpoint` to what `plan` has for them, and leaves them in `scratch`, from where
+/// [`crate::quantize::write::write`] takes them; what is there already is kept. Tensors that are not for GPTQ (the
+/// embedding, a head that shares its weights, floating point, codes that are kept) are left to the writer.
+pub fn quantize(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    plan: &Plan,
+    scratch: &Scratch,
+    options: &Options<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let model = Model::load(checkpoint)?;
+    let targets = targets(&model, plan);
+    if targets.is_empty() {
+        bail!("{}: nothing here is for GPTQ: use --method rtn", checkpoint.path().display());
+    }
+    let sequences = sequences(&model, tokenizer, scratch, options, progress)?;
+    let run = Run {
+        model,
+        threads: options.threads,
+        sequences: &sequences,
+        targets: &targets,
+        scratch,
+        memory: options.memory,
+        stop: options.stop,
+    };
+    let mut one = |cpu: &Cpu, job: &Job<'_>| {
+        let name = &job.target.name;
+        let grid = Grid::Blocks(job.target.format);
+        let done = gptq(cpu, job.weights, job.rows.len(), job.hessian, job.held_out, grid, &options.gptq)
+            .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
+        let (got, rounded) = done.held_out.unwrap_or((done.objective, done.rounded));
+        tracing::info!("{name}: {:.1} % of the error of rounding", 100.0 * got / rounded.max(f64::MIN_POSITIVE));
+        match done.codes {
+            Codes::Blocks(packed) => Ok(packed),
+            Codes::Groups { .. } => bail!("{name}: groups of codes for a block format"),
+        }
+    };
+    run.run(&mut one, &mut |state| progress(Progress::Layers(state)))
+}
+
+/// What `plan` has for each linear layer of `model` that is for GPTQ.
+pub fn targets(model: &Model, plan: &Plan) -> HashMap<usize, Target> {
+    let planned: HashMap<&str, _> = plan.tensors.iter().map(|t| (t.source.name.as_str(), t)).collect();
+    let linears = model.linears().filter(|l| !(model.spec.tied_head && l.id == model.head.id));
+    let target = |linear| {
+        let name = gguf_name(model, linear)?;
+        let planned = planned.get(name.as_str())?;
+        let fits = planned.source.shape == [linear.weight.rows(), linear.weight.cols()];
+        if !fits || planned.is_exact() || planned.format.levels().is_none() {
+            return None;
+        }
+        let rows = match &planned.source.source {
+            Source::Tensor { rows, .. } => rows.clone(),
+            Source::Parts { .. } | Source::Data(_) => return None,
+        };
+        Some((linear.id, Target { name, format: planned.format, rows }))
+    };
+    linears.filter_map(target).collect()
+}
+
+/// The sequences to calibrate on: as an earlier run left them, or new.
+fn sequences(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    scratch: &Scratch,
+    options: &Options<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<Vec<u32>>> {
+    const STATE: &str = "sequences";
+    if let Some(kept) = scratch.get_state(STATE)? {
+        return Ok(unpack(&kept));
+    }
+    let length = text::length(model);
+    let sequences = match options.text {
+        Some((text, name)) => text::sequences(tokenizer, text, name, length)?,
+        None => {
+            let theirs = text::sequences(tokenizer, text::BUILT_IN, "the built-in text", length)?;
+            let own = Own::for_model(model);
+            let ours = text::own(model, tokenizer, options.threads, own, &mut |step| {
+                progress(Progress::Writing(step, own.steps));
+            })?;
+            text::interleave(theirs, ours)
+        }
+    };
+    scratch.put_state(STATE, &pack(&sequences))?;
+    Ok(sequences)
+}
+
+/// Sequences as bytes: for each its length and its tokens.
+fn pack(sequences: &[Vec<u32>]) -> Vec<u8> {
+    let words = sequences.iter().flat_map(|s| std::iter::once(s.len() as u32).chain(s.iter().copied()));
+    words.flat_map(u32::to_le_bytes).collect()
+}
+
+fn unpack(bytes: &Bytes) -> Vec<Vec<u32>> {
+    let mut words = bytes.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b));
+    let mut sequences = Vec::new();
+    while let Some(len) = words.next() {
+        sequences.push(words.by_ref().take(len as usize).collect());
+    }
+    sequences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_as_bytes_and_back() {
+        let sequences = vec![vec![1, 2, 3], vec![], vec![u32::MAX]];
+        assert_eq!(unpack(&Bytes::new(pack(&sequences))), sequences);
+    }
+}

@@ -1,0 +1,511 @@
+//! Quantizing a model layer by layer, with what really goes into each linear layer at hand.
+//!
+//! The hidden states of all calibration sequences lie in the scratch folder. For each layer they are run through it as
+//! often as it has steps (queries, keys and values; output; gate and up; down), each time as far as the next step, whose
+//! inputs make a Hessian; the weights of the step are then quantized and take part in everything that follows
+//! ("true-sequential": each step sees the errors of those before it). A last run gives the next layer's hidden states.
+//! Running anew is cheap: what was quantized is multiplied by the fast kernels, and nothing wide has to be kept.
+//!
+//! Every finished tensor and every finished layer's hidden states are in the scratch folder before the next begins: a
+//! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
+
+use super::capture::{Capture, Observer};
+use super::text;
+use crate::engine::cpu::{Activations, CpuBackend};
+use crate::quantize::scratch::Scratch;
+use crate::quantize::write::Stopped;
+use anyhow::{Context, Result, bail};
+use rushlight_models::backend::{Backend, Batch, Sequence};
+use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
+use rushlight_models::decoder;
+use rushlight_models::model::{Linear, Model, Weight};
+use rushlight_quant::formats::Format;
+use rushlight_quant::quantize::Hessian;
+use rushlight_quant::{Cpu, Phase};
+use std::collections::HashMap;
+use std::io::Write;
+use std::ops::{ControlFlow, Range};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Rows that go through a layer together, unless memory is short.
+const CHUNK: usize = 2048;
+/// One sequence in so many judges what the others brought about.
+const HELD_OUT: usize = 8;
+/// Weights that are quantized in one call: what is taken at once as f32, 128 MB, and what a run can lose.
+const SLICE: usize = 32 << 20;
+
+/// What a linear layer is to become.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its name in the output, under which its bytes are kept.
+    pub name: String,
+    /// The format of its weights.
+    pub format: Format,
+    /// Row `i` of the output is row `rows[i]` of the source; as they stand where `None`.
+    pub rows: Option<Vec<u32>>,
+}
+
+/// Rows of a linear layer to quantize.
+pub struct Job<'a> {
+    /// The layer.
+    pub linear: &'a Linear,
+    /// What it is to become.
+    pub target: &'a Target,
+    /// Which of its rows.
+    pub rows: Range<usize>,
+    /// Their weights, `[rows, cols]`.
+    pub weights: &'a [f32],
+    /// What goes into it.
+    pub hessian: &'a Hessian,
+    /// What goes into it in sequences that are not part of `hessian`; `None` where there are too few sequences.
+    pub held_out: Option<&'a Hessian>,
+}
+
+/// Chooses the packed rows for a [`Job`], in the order of its rows. The same job must give the same bytes.
+pub type Quantize<'a> = dyn FnMut(&Cpu, &Job<'_>) -> Result<Vec<u8>> + 'a;
+
+/// A run.
+pub struct Run<'a> {
+    /// The source. Its weights give way to quantized ones while they are at work.
+    pub model: Model,
+    /// Threads; the physical cores where `None`.
+    pub threads: Option<usize>,
+    /// What the model is calibrated on.
+    pub sequences: &'a [Vec<u32>],
+    /// What becomes of each [`Linear`], by its id; the others stay as they are.
+    pub targets: &'a HashMap<usize, Target>,
+    /// Where results are kept, in the order of the output's rows.
+    pub scratch: &'a Scratch,
+    /// Bytes that may be used beside what is mapped from files.
+    pub memory: u64,
+    /// Set from outside to stop before the next chunk.
+    pub stop: &'a AtomicBool,
+}
+
+/// How far a run has come.
+#[derive(Clone, Copy, Debug)]
+pub struct State {
+    /// Work done, in units of no meaning.
+    pub done: u64,
+    /// Work in all.
+    pub total: u64,
+    /// Layers finished.
+    pub layer: usize,
+}
+
+impl Run<'_> {
+    /// Quantizes every linear layer that has a target, or takes it from the scratch folder if it is there.
+    pub fn run(mut self, quantize: &mut Quantize<'_>, progress: &mut dyn FnMut(State)) -> Result<()> {
+        let longest = self.sequences.iter().map(Vec::len).max().unwrap_or(0);
+        if longest == 0 || self.sequences.iter().any(|s| s.is_empty()) {
+            bail!("there is nothing to calibrate on");
+        }
+        let chunks = chunks(self.sequences, self.rows(longest)?);
+        let slots = chunks.iter().map(|c| c.len()).max().unwrap_or(1);
+        let mut backend = text::backend(&self.model, self.threads, slots, longest, 1)?;
+        let mut work = Work::new(&self, progress);
+        let layers = self.model.layers.len();
+        let first = self.resume()?;
+        if first == 0 && !self.hidden(0).exists() {
+            self.embed(&mut backend, &chunks)?;
+        }
+        for i in first..layers {
+            work.reach(i);
+            self.layer(&mut backend, &chunks, i, quantize, &mut work)?;
+        }
+        work.reach(layers);
+        self.head(&mut backend, &chunks, quantize, &mut work)?;
+        Ok(())
+    }
+
+    /// How many rows may go through a layer together.
+    fn rows(&self, longest: usize) -> Result<usize> {
+        let linears = || self.model.linears();
+        // While a matrix is quantized: two Hessians and a factor (halves of square matrices, f32 and f64), and the weights
+        // with their errors, codes and packed rows in several forms.
+        let matrix = |l: &Linear| {
+            let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
+            8 * cols * cols + 24 * (rows * cols).min(SLICE as u64) + 1024 * cols
+        };
+        let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
+        let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
+        // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
+        let widest =
+            linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
+        let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
+        let rows = self.memory.saturating_sub(fixed) / row.max(1);
+        if rows < longest as u64 {
+            bail!(
+                "GPTQ on this model needs {} MB of memory; allow that much with --memory, or use --method rtn",
+                (fixed + row * longest as u64).div_ceil(1 << 20)
+            );
+        }
+        Ok((rows as usize).min(CHUNK))
+    }
+
+    /// Where the hidden states before layer `i` lie.
+    fn hidden(&self, i: usize) -> PathBuf {
+        self.scratch.dir().join("state").join(format!("hidden-{i:04}"))
+    }
+
+    /// The first layer that is not finished.
+    fn resume(&self) -> Result<usize> {
+        let layers = self.model.layers.len();
+        for i in (1..=layers).rev() {
+            if self.hidden(i).exists() {
+                return Ok(i);
+            }
+        }
+        Ok(0)
+    }
+
+    fn embed(&self, backend: &mut CpuBackend, chunks: &[Range<usize>]) -> Result<()> {
+        let mut out = AtomicFile::create(&self.hidden(0))?;
+        for chunk in chunks {
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
+            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+            let x = decoder::embed(&self.model, backend, &batch)?;
+            put(&mut out, &x)?;
+        }
+        Ok(out.commit()?)
+    }
+
+    fn layer(
+        &mut self,
+        backend: &mut CpuBackend,
+        chunks: &[Range<usize>],
+        i: usize,
+        quantize: &mut Quantize<'_>,
+        work: &mut Work<'_>,
+    ) -> Result<()> {
+        // What an earlier run finished of this layer.
+        let ids: Vec<usize> =
+            (self.model.linears()).filter(|l| l.layer == i && self.targets.contains_key(&l.id)).map(|l| l.id).collect();
+        for id in ids {
+            self.take(id)?;
+        }
+        let input = map(&self.hidden(i))?;
+        for step in 0.. {
+            let mut observer = Step::new(step, self.targets);
+            let mut out = AtomicFile::create(&self.hidden(i + 1))?;
+            let ended = self.pass(backend, chunks, i, &input, &mut observer, &mut out, work)?;
+            if !ended {
+                out.commit()?;
+                break;
+            }
+            for id in std::mem::take(&mut observer.ids) {
+                self.quantize(backend.cpu(), id, &observer, quantize, work)?;
+            }
+        }
+        drop(input);
+        for linear in self.model.linears_mut().filter(|l| l.layer == i) {
+            linear.replacement = None;
+        }
+        let path = self.hidden(i);
+        std::fs::remove_file(&path).with_context(|| path.display().to_string())
+    }
+
+    /// Runs all hidden states through layer `i`, or as far as `observer` lets them; whether it ended them.
+    fn pass(
+        &self,
+        backend: &mut CpuBackend,
+        chunks: &[Range<usize>],
+        i: usize,
+        input: &Bytes,
+        observer: &mut Step<'_>,
+        out: &mut AtomicFile,
+        work: &mut Work<'_>,
+    ) -> Result<bool> {
+        let (mut at, mut ended) = (0, false);
+        for chunk in chunks {
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
+            let x = self.load(backend, input, &mut at, ids.len())?;
+            observer.begin(chunk.start, &sequences);
+            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+            let mut capture = Capture::layerwise(backend, observer);
+            let y = capture.run(|b| {
+                b.begin(&self.model, &batch)?;
+                decoder::layer(&self.model, b, i, x)
+            })?;
+            match y {
+                Some(y) => put(out, &y)?,
+                None => ended = true,
+            }
+            if observer.known {
+                break;
+            }
+            work.ran(observer.step, ids.len());
+        }
+        Ok(ended)
+    }
+
+    fn head(
+        &mut self,
+        backend: &mut CpuBackend,
+        chunks: &[Range<usize>],
+        quantize: &mut Quantize<'_>,
+        work: &mut Work<'_>,
+    ) -> Result<()> {
+        let id = self.model.head.id;
+        if !self.targets.contains_key(&id) || self.model.spec.tied_head || self.take(id)? {
+            return Ok(());
+        }
+        let input = map(&self.hidden(self.model.layers.len()))?;
+        let mut observer = Step::new(0, self.targets);
+        let mut at = 0;
+        for chunk in chunks {
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
+            let x = self.load(backend, &input, &mut at, ids.len())?;
+            observer.begin(chunk.start, &sequences);
+            Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
+        }
+        self.quantize(backend.cpu(), id, &observer, quantize, work)
+    }
+
+    /// The next `rows` hidden states of `input`, of which `at` bytes are read.
+    fn load(&self, backend: &CpuBackend, input: &Bytes, at: &mut usize, rows: usize) -> Result<Activations> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Stopped.into());
+        }
+        let mut x = backend.new_tensor(rows, self.model.spec.hidden_size);
+        let bytes = *at..*at + 4 * x.len();
+        *at = bytes.end;
+        let Some(bytes) = input.get(bytes) else {
+            bail!("hidden states are missing in {}: delete the folder", self.scratch.dir().display());
+        };
+        x.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(x, b)| *x = f32::from_le_bytes(*b));
+        Ok(x)
+    }
+
+    /// Puts the finished weight of `id` in force, if it is there.
+    fn take(&mut self, id: usize) -> Result<bool> {
+        let Some(target) = self.targets.get(&id) else { return Ok(false) };
+        let Some(data) = self.scratch.get(&target.name)? else { return Ok(false) };
+        let Some(linear) = self.model.linears_mut().find(|l| l.id == id) else { return Ok(false) };
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        let Some(stored) = Weight::new(target.format, rows, cols, data) else {
+            bail!(
+                "{} in {} has another size than it should: delete the folder",
+                target.name,
+                self.scratch.dir().display()
+            );
+        };
+        linear.replacement = Some(match &target.rows {
+            None => stored,
+            Some(order) => {
+                let mut place = vec![0; rows];
+                order.iter().enumerate().for_each(|(i, &row)| place[row as usize] = i);
+                stored.with_rows(&place)
+            }
+        });
+        Ok(true)
+    }
+
+    /// Quantizes the weight of `id`, keeps it and puts it in force.
+    fn quantize(
+        &mut self,
+        cpu: &Cpu,
+        id: usize,
+        observer: &Step<'_>,
+        quantize: &mut Quantize<'_>,
+        work: &mut Work<'_>,
+    ) -> Result<()> {
+        let Some(target) = self.targets.get(&id) else { return Ok(()) };
+        let (Some(linear), Some((hessian, held_out))) = (self.model.linears().find(|l| l.id == id), &observer.seen)
+        else {
+            return Ok(());
+        };
+        if linear.replacement.is_some() {
+            return Ok(());
+        }
+        let weight = &linear.weight;
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let mut packed = Vec::new();
+        let slice = (SLICE / cols).clamp(1, rows);
+        let mut weights = Vec::new();
+        for start in (0..rows).step_by(slice) {
+            let part = start..rows.min(start + slice);
+            weights.resize(part.len() * cols, 0.0);
+            for (row, out) in part.clone().zip(weights.chunks_exact_mut(cols)) {
+                weight.decode_row(row, out);
+            }
+            if weights.iter().any(|w| !w.is_finite()) {
+                bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);
+            }
+            let held_out = (held_out.rows() > 0).then_some(held_out);
+            let job = Job { linear, target, rows: part.clone(), weights: &weights, hessian, held_out };
+            packed.extend(quantize(cpu, &job)?);
+            work.quantized(part.len(), cols);
+        }
+        let wrong = || format!("the quantizer gave {} bytes for {}", packed.len(), target.name);
+        let source = Weight::new(target.format, rows, cols, Bytes::new(packed.clone())).with_context(wrong)?;
+        match &target.rows {
+            None => self.scratch.put(&target.name, &packed)?,
+            Some(order) => {
+                let order: Vec<usize> = order.iter().map(|&r| r as usize).collect();
+                self.scratch.put(&target.name, source.with_rows(&order).data())?;
+            }
+        }
+        if let Some(linear) = self.model.linears_mut().find(|l| l.id == id) {
+            linear.replacement = Some(source);
+        }
+        Ok(())
+    }
+}
+
+/// Sequences that go together: as many as have no more than `most` tokens.
+fn chunks(sequences: &[Vec<u32>], most: usize) -> Vec<Range<usize>> {
+    let mut chunks: Vec<Range<usize>> = Vec::new();
+    let mut rows = 0;
+    for (i, sequence) in sequences.iter().enumerate() {
+        match chunks.last_mut() {
+            Some(last) if rows + sequence.len() <= most => last.end = i + 1,
+            _ => {
+                chunks.push(i..i + 1);
+                rows = 0;
+            }
+        }
+        rows += sequence.len();
+    }
+    chunks
+}
+
+/// The tokens of `sequences` behind one another, and a slot for each.
+fn batch(model: &Model, sequences: &[Vec<u32>]) -> (Vec<u32>, Vec<Sequence>) {
+    let place = |(slot, s): (usize, &Vec<u32>)| Sequence { slot, start: 0, len: s.len(), outline: model.outline(s) };
+    (sequences.concat(), sequences.iter().enumerate().map(place).collect())
+}
+
+fn put(out: &mut AtomicFile, x: &[f32]) -> Result<()> {
+    let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+    out.write_all(&bytes).with_context(|| out.target().display().to_string())
+}
+
+/// Collects what goes into the linear layers of one step of a layer, and ends the pass there.
+struct Step<'a> {
+    /// Which call for products it waits for.
+    step: usize,
+    targets: &'a HashMap<usize, Target>,
+    /// Calls seen in this chunk.
+    calls: usize,
+    /// Number of the chunk's first sequence.
+    first: usize,
+    /// The chunk's sequences as rows.
+    rows: Vec<Range<usize>>,
+    /// The linear layers of the step.
+    ids: Vec<usize>,
+    /// What goes into them: most sequences, and those that are held out.
+    seen: Option<(Hessian, Hessian)>,
+    /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
+    known: bool,
+}
+
+impl<'a> Step<'a> {
+    fn new(step: usize, targets: &'a HashMap<usize, Target>) -> Self {
+        Step { step, targets, calls: 0, first: 0, rows: Vec::new(), ids: Vec::new(), seen: None, known: false }
+    }
+
+    fn begin(&mut self, first: usize, sequences: &[Sequence]) {
+        (self.calls, self.first) = (0, first);
+        let mut end = 0;
+        let range = |s: &Sequence| {
+            end += s.len;
+            end - s.len..end
+        };
+        self.rows = sequences.iter().map(range).collect();
+    }
+}
+
+impl Observer for Step<'_> {
+    fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()> {
+        self.calls += 1;
+        if self.calls <= self.step {
+            return ControlFlow::Continue(());
+        }
+        self.ids = layers.iter().map(|l| l.id).collect();
+        self.known = layers.iter().all(|l| l.replacement.is_some() || !self.targets.contains_key(&l.id));
+        if self.known {
+            return ControlFlow::Break(());
+        }
+        let cols = x.len() / x.rows();
+        let (hessian, held_out) = self.seen.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
+        for (i, rows) in self.rows.iter().enumerate() {
+            let into = if (self.first + i) % HELD_OUT == HELD_OUT - 1 { &mut *held_out } else { &mut *hessian };
+            into.add(cpu, &x[rows.start * cols..rows.end * cols]);
+        }
+        ControlFlow::Break(())
+    }
+}
+
+/// Counts the work, so that the time left can be told: in products of two numbers, by what each kind costs.
+struct Work<'a> {
+    progress: &'a mut dyn FnMut(State),
+    tokens: u64,
+    /// For each layer, and then the head, what a token costs in each step's run, and what the weights cost.
+    parts: Vec<(Vec<u64>, u64)>,
+    state: State,
+    /// In products.
+    done: u64,
+}
+
+impl<'a> Work<'a> {
+    fn new(run: &Run<'_>, progress: &'a mut dyn FnMut(State)) -> Self {
+        let tokens = run.sequences.iter().map(|s| s.len() as u64).sum();
+        let part = |steps: &[Vec<&Linear>]| {
+            let (mut costs, mut forward, mut weights) = (Vec::new(), 0, 0);
+            for linears in steps {
+                let cols = linears[0].weight.cols() as u64;
+                let wanted = linears.iter().filter(|l| run.targets.contains_key(&l.id));
+                let rows: u64 = wanted.map(|l| l.weight.rows() as u64).sum();
+                // The Hessian is symmetric: half of it.
+                costs.push(forward + if rows > 0 { cols * cols / 2 } else { 0 });
+                weights += rows * cols * cols + if rows > 0 { cols.pow(3) } else { 0 };
+                // The kernels for packed weights are about twice as fast as those for f32.
+                forward += linears.iter().map(|l| l.weight.rows() as u64 * cols / 2).sum::<u64>();
+            }
+            costs.push(forward);
+            (costs, weights)
+        };
+        let mut parts: Vec<_> = (run.model.layers.iter())
+            .map(|l| {
+                let mut steps = vec![vec![&l.q, &l.k, &l.v], vec![&l.o]];
+                if let Some(mlp) = &l.mlp {
+                    steps.push(mlp.gate.iter().chain([&mlp.up]).collect());
+                    steps.push(vec![&mlp.down]);
+                }
+                part(&steps)
+            })
+            .collect();
+        if !run.model.spec.tied_head {
+            parts.push(part(&[vec![&run.model.head]]));
+        }
+        let total = parts.iter().map(|(steps, weights)| steps.iter().sum::<u64>() * tokens + weights).sum();
+        Work { progress, tokens, parts, state: State { done: 0, total, layer: 0 }, done: 0 }
+    }
+
+    /// All before `layer` is done.
+    fn reach(&mut self, layer: usize) {
+        let cost = |(steps, weights): &(Vec<u64>, u64)| steps.iter().sum::<u64>() * self.tokens + weights;
+        self.done = self.parts.iter().take(layer).map(cost).sum();
+        self.state.layer = layer;
+        self.tell();
+    }
+
+    /// `rows` more tokens have gone through the layer as far as `step`.
+    fn ran(&mut self, step: usize, rows: usize) {
+        let steps = self.parts.get(self.state.layer).map(|p| &p.0[..]);
+        self.done += steps.and_then(|s| s.get(step)).map_or(0, |cost| cost * rows as u64);
+        self.tell();
+    }
+
+    fn quantized(&mut self, rows: usize, cols: usize) {
+        self.done += (rows * cols * cols) as u64;
+        self.tell();
+    }
+
+    fn tell(&mut self) {
+        self.state.done = self.done.min(self.state.total);
+        (self.progress)(self.state);
+    }
+}

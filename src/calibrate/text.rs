@@ -1,0 +1,155 @@
+//! What models are calibrated on: the built-in text or one that was given, and texts that the model writes itself.
+//!
+//! A model's own samples are what its makers' data looked like to it, which no text of ours can match; but they hold
+//! little of what it is rarely asked for. Both together do best (docs/measurements.md).
+
+use crate::engine::cpu::CpuBackend;
+use crate::engine::kv::{KvCache, KvShape};
+use crate::engine::sampler::Sampler;
+use crate::engine::settings::Sampling;
+use anyhow::{Result, anyhow, bail};
+use rushlight_models::backend::{Batch, Sequence};
+use rushlight_models::decoder;
+use rushlight_models::model::Model;
+use rushlight_models::tokenizer::{Specials, Tokenizer};
+use rushlight_quant::{Cpu, Isa, Phase, physical_cores};
+
+/// The text that is read unless another is given: written for this purpose, in several languages and kinds.
+pub const BUILT_IN: &str = include_str!("calibration.txt");
+
+/// Tokens of a sequence.
+pub const LENGTH: usize = 512;
+/// Fewest tokens that say enough about a model's activations.
+pub const FEWEST: usize = 4096;
+/// Most tokens of a text that are read.
+pub const MOST: usize = 128 * LENGTH;
+
+/// Tokens of a sequence for `model`.
+pub fn length(model: &Model) -> usize {
+    LENGTH.min(model.spec.context_length)
+}
+
+/// Cuts `text` into sequences of at most `length` tokens, each beginning with the BOS token where the model wants one:
+/// [`MOST`] tokens at most, from all over the text. `name` stands for the text in errors.
+pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str, length: usize) -> Result<Vec<Vec<u32>>> {
+    let ids = tokenizer.encode(text, Specials::AsText)?;
+    if ids.len() < FEWEST {
+        bail!(
+            "{name} has {} tokens, too few to calibrate on: give a text of at least {FEWEST}, or leave --calib out for \
+             the built-in one",
+            ids.len()
+        );
+    }
+    let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
+    let windows: Vec<&[u32]> = ids.chunks((length - bos.iter().len()).max(1)).collect();
+    let count = windows.len().min(MOST / length.max(1));
+    // Evenly from the whole text where it is longer.
+    Ok((0..count)
+        .map(|i| bos.into_iter().chain(windows[i * windows.len() / count].iter().copied()).collect())
+        .collect())
+}
+
+/// How much a model is to write itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Texts written side by side.
+    pub lanes: usize,
+    /// Tokens written in each.
+    pub steps: usize,
+    /// Start of the random numbers.
+    pub seed: u64,
+}
+
+impl Own {
+    /// As much as is worth its time: writing takes longer than reading, and grows with the model.
+    pub fn for_model(model: &Model) -> Own {
+        let weights: usize = model.linears().map(|l| l.weight.rows() * l.weight.cols()).sum();
+        let steps = if weights > 600_000_000 { LENGTH / 2 } else { LENGTH };
+        Own { lanes: 32, steps, seed: 1 }
+    }
+}
+
+/// Has `model` write texts from nothing, at temperature 1: what it finds likely, as often as it finds it likely. Where
+/// a text ends, the next one begins. Nothing is written by a model that has no token to begin with. `progress` hears how
+/// many of the steps are done.
+pub fn own(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    threads: Option<usize>,
+    own: Own,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<u32>>> {
+    let Some(first) = tokenizer.bos().or(tokenizer.eos()).filter(|&id| (id as usize) < model.spec.vocab_size) else {
+        return Ok(Vec::new());
+    };
+    let length = length(model);
+    let mut backend = backend(model, threads, own.lanes, length, model.spec.layers.len())?;
+    let mut samplers: Vec<Sampler> = (0..own.lanes as u64)
+        .map(|lane| Sampler::new(Sampling { seed: Some((own.seed << 32) + lane), ..Sampling::off() }))
+        .collect();
+    // A token that the tokenizer cannot write would not come from any text.
+    let known = tokenizer.vocab_size().min(model.spec.vocab_size);
+    let mut lanes = vec![vec![first]; own.lanes];
+    let mut written = Vec::new();
+    for step in 0..own.steps {
+        let ids: Vec<u32> = lanes.iter().map(|lane| lane[lane.len() - 1]).collect();
+        let place = |(slot, lane): (usize, &Vec<u32>)| Sequence {
+            slot,
+            start: lane.len() - 1,
+            len: 1,
+            outline: model.outline(lane),
+        };
+        let sequences: Vec<Sequence> = lanes.iter().enumerate().map(place).collect();
+        let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+        let hidden = decoder::hidden(model, &mut backend, &batch)?;
+        let logits = decoder::logits(model, &mut backend, &hidden)?;
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            let next = samplers[i].sample(&logits.row(i)[..known], None)?;
+            let ended = next == first || tokenizer.eos() == Some(next) || tokenizer.is_end_of_turn(next);
+            if !ended {
+                lane.push(next);
+            }
+            if ended || lane.len() == length {
+                written.push(std::mem::replace(lane, vec![first]));
+            }
+        }
+        progress(step + 1);
+    }
+    written.extend(lanes);
+    // A lone BOS says nothing.
+    written.retain(|text| text.len() > 1);
+    Ok(written)
+}
+
+/// `theirs` and `ours` in turn, so that every part holds of both.
+pub fn interleave(theirs: Vec<Vec<u32>>, ours: Vec<Vec<u32>>) -> Vec<Vec<u32>> {
+    let (n, m) = (theirs.len(), ours.len());
+    let place = |i: usize, of: usize| (2 * i + 1) as f64 / (2 * of) as f64;
+    let mut all: Vec<(f64, Vec<u32>)> = theirs.into_iter().enumerate().map(|(i, s)| (place(i, n), s)).collect();
+    all.extend(ours.into_iter().enumerate().map(|(i, s)| (place(i, m), s)));
+    all.sort_by(|a, b| a.0.total_cmp(&b.0));
+    all.into_iter().map(|(_, s)| s).collect()
+}
+
+/// A backend for `model` with `slots` sequences of `capacity` positions, and caches for `layers` layers.
+pub fn backend(
+    model: &Model,
+    threads: Option<usize>,
+    slots: usize,
+    capacity: usize,
+    layers: usize,
+) -> Result<CpuBackend> {
+    let spec = &model.spec;
+    let shape = KvShape {
+        slots,
+        layers,
+        kv_heads: spec.kv_heads,
+        head_dim: spec.head_dim,
+        value_dim: spec.value_dim,
+        capacity,
+        half: false,
+    };
+    let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
+    let cpu = Cpu::new(threads.unwrap_or_else(physical_cores).max(1), isa);
+    Ok(CpuBackend::new(cpu, KvCache::new(shape)?))
+}

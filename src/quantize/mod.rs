@@ -1,0 +1,11 @@
+//! Quantizing: from any checkpoint to a smaller GGUF file.
+
+pub mod allocate;
+pub mod memory;
+pub mod mix;
+pub mod name;
+pub mod output;
+pub mod plan;
+pub mod scratch;
+pub mod types;
+pub mod write;

@@ -1,0 +1,268 @@
+//! Calibration on whole models: what the observer sees, and quantizing layer by layer.
+
+mod chat_model;
+
+use rushlight::calibrate::layers::{Job, Run, Target};
+use rushlight::calibrate::text::{self, Own};
+use rushlight::calibrate::{imatrix, layers};
+use rushlight::engine::Engine;
+use rushlight::quantize::scratch::{Fingerprint, Scratch};
+use rushlight_models::checkpoint::{Bytes, Checkpoint};
+use rushlight_models::model::{Linear, Model, Weight};
+use rushlight_models::tokenizer::Tokenizer;
+use rushlight_quant::Cpu;
+use rushlight_quant::formats::Format;
+use rushlight_quant::quantize::encode;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// The tiny model and its tokenizer.
+fn tiny(dir: &Path) -> (Model, Tokenizer) {
+    chat_model::write(dir);
+    (Model::load(&Checkpoint::open(dir).unwrap()).unwrap(), Tokenizer::open(dir).unwrap())
+}
+
+/// Sequences of different lengths, enough that some are held out.
+fn sequences() -> Vec<Vec<u32>> {
+    (0..19u32).map(|i| (0..40 + 3 * i).map(|t| (i * 131 + t * t * 7 + t) % 256).collect()).collect()
+}
+
+fn name(linear: &Linear) -> String {
+    format!("{:?}.{}", linear.role, linear.layer)
+}
+
+/// Q8_0 for every linear layer whose rows are whole blocks, with its rows turned round, and F16 for the others.
+fn targets(model: &Model) -> HashMap<usize, Target> {
+    let target = |l: &Linear| {
+        let format = if l.weight.cols().is_multiple_of(32) { Format::Q4_0 } else { Format::F16 };
+        let rows = (l.layer == 1).then(|| (0..l.weight.rows() as u32).rev().collect());
+        (l.id, Target { name: name(l), format, rows })
+    };
+    model.linears().map(target).collect()
+}
+
+fn floats(weight: &Weight) -> Vec<f32> {
+    let mut values = vec![0.0; weight.rows() * weight.cols()];
+    let rows = values.chunks_exact_mut(weight.cols()).enumerate();
+    rows.for_each(|(r, out)| weight.format().decode(weight.row(r), out));
+    values
+}
+
+fn rounded(format: Format, weights: &[f32], cols: usize) -> Vec<u8> {
+    let mut out = vec![0; weights.len() / cols * format.row_bytes(cols).unwrap()];
+    encode(format, weights, cols, None, &mut out);
+    out
+}
+
+/// Rounds to nearest, and takes note of what went in: the sum of the squares of each column.
+fn round(seen: &mut HashMap<String, Vec<f64>>, job: &Job<'_>) -> Vec<u8> {
+    let held_out = job.held_out.unwrap();
+    assert!(held_out.rows() > 0 && job.hessian.rows() > 4 * held_out.rows());
+    let sums = |h: &rushlight_quant::quantize::Hessian| -> Vec<f64> {
+        h.diagonal().iter().map(|d| f64::from(*d) * h.rows() as f64 / 2.0).collect()
+    };
+    let all = sums(job.hessian).iter().zip(sums(held_out)).map(|(a, b)| a + b).collect();
+    seen.insert(job.target.name.clone(), all);
+    rounded(job.target.format, job.weights, job.linear.weight.cols())
+}
+
+/// What a run leaves in its scratch folder.
+fn results(model: &Model, scratch: &Scratch) -> Vec<Vec<u8>> {
+    model.linears().map(|l| scratch.get(&name(l)).unwrap().unwrap().to_vec()).collect()
+}
+
+fn run(model: &Model, threads: usize, scratch: &Scratch, quantize: &mut layers::Quantize<'_>) -> anyhow::Result<u64> {
+    let (sequences, targets) = (sequences(), targets(model));
+    let (mut last, mut total) = (0, 0);
+    let run = Run {
+        model: model.clone(),
+        threads: Some(threads),
+        sequences: &sequences,
+        targets: &targets,
+        scratch,
+        memory: 1 << 30,
+        stop: &AtomicBool::new(false),
+    };
+    run.run(quantize, &mut |state| {
+        assert!(state.done >= last && state.done <= state.total);
+        (last, total) = (state.done, state.total);
+    })?;
+    assert!(last > total * 9 / 10, "{last} of {total}");
+    Ok(total)
+}
+
+#[test]
+fn every_step_sees_the_quantized_ones_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut model, _) = tiny(&dir.path().join("tiny"));
+    let scratch = Scratch::open(&dir.path().join("out"), &Fingerprint::default()).unwrap();
+    let mut seen = HashMap::new();
+    run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| Ok(round(&mut seen, job))).unwrap();
+    let targets = targets(&model);
+
+    // The same without any of the machinery: quantize one linear layer after another, and run the whole model over the
+    // text before each.
+    let steps: Vec<Vec<usize>> = {
+        let steps = model.layers.iter().flat_map(|l| {
+            let gate = l.mlp.as_ref().unwrap().gate.as_ref().unwrap();
+            [
+                vec![l.q.id, l.k.id, l.v.id],
+                vec![l.o.id],
+                vec![gate.id, l.mlp.as_ref().unwrap().up.id],
+                vec![l.mlp.as_ref().unwrap().down.id],
+            ]
+        });
+        steps.chain([vec![model.head.id]]).collect()
+    };
+    for step in steps {
+        let mut backend = text::backend(&model, Some(1), 1, 128, model.layers.len()).unwrap();
+        let squares = imatrix::collect(&model, &mut backend, &sequences(), true, &mut |_| ()).unwrap();
+        for linear in model.linears_mut().filter(|l| step.contains(&l.id)) {
+            let Target { name, format, rows } = &targets[&linear.id];
+            let inputs = squares.of(linear.id).unwrap();
+            assert_eq!(inputs.rows as usize, sequences().concat().len());
+            for (want, got) in inputs.sums.iter().zip(&seen[name]) {
+                assert!((want - got).abs() <= 1e-4 * want.abs() + 1e-9, "{name}: {got} instead of {want}");
+            }
+            let (r, cols) = (linear.weight.rows(), linear.weight.cols());
+            let packed = rounded(*format, &floats(&linear.weight), cols);
+            linear.weight = Weight::new(*format, r, cols, Bytes::new(packed)).unwrap();
+            // The output has its rows in its own order.
+            let kept = scratch.get(name).unwrap().unwrap();
+            let order: Vec<usize> = match rows {
+                Some(rows) => rows.iter().map(|&r| r as usize).collect(),
+                None => (0..r).collect(),
+            };
+            assert_eq!(kept[..], linear.weight.with_rows(&order).data()[..], "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_goes_on_to_the_same_result() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = tiny(&dir.path().join("tiny"));
+    let scratch = |name: &str| Scratch::open(&dir.path().join(name), &Fingerprint::default()).unwrap();
+    // The bytes depend on what was seen, so that a pass in the wrong state would show.
+    let weighted = |job: &Job<'_>| {
+        let cols = job.linear.weight.cols();
+        let mut out = vec![0; job.rows.len() * job.target.format.row_bytes(cols).unwrap()];
+        encode(job.target.format, job.weights, cols, Some(&job.hessian.diagonal()), &mut out);
+        out
+    };
+    let whole = scratch("whole");
+    let mut calls = 0;
+    run(&model, 1, &whole, &mut |_: &Cpu, job: &Job<'_>| {
+        calls += 1;
+        Ok(weighted(job))
+    })
+    .unwrap();
+    assert_eq!(calls, model.linears().count());
+    let want = results(&model, &whole);
+
+    let again = scratch("threads");
+    run(&model, 3, &again, &mut |_: &Cpu, job: &Job<'_>| Ok(weighted(job))).unwrap();
+    assert!(results(&model, &again) == want);
+
+    for stop in 0..calls {
+        let scratch = scratch(&format!("stopped-{stop}"));
+        let mut left = stop;
+        let stopped = run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| {
+            anyhow::ensure!(left > 0, "no more");
+            left -= 1;
+            Ok(weighted(job))
+        });
+        assert_eq!(stopped.unwrap_err().to_string(), "no more");
+        let mut more = 0;
+        run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| {
+            more += 1;
+            Ok(weighted(job))
+        })
+        .unwrap();
+        assert_eq!(stop + more, calls);
+        assert!(results(&model, &scratch) == want, "stopped after {stop}");
+    }
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut model, _) = tiny(&dir.path().join("tiny"));
+    let up = &mut model.layers[1].mlp.as_mut().unwrap().up;
+    let mut weights = floats(&up.weight);
+    weights[77] = f32::NAN;
+    up.weight = Weight::from_f32(up.weight.rows(), up.weight.cols(), &weights).unwrap();
+    let scratch = Scratch::open(&dir.path().join("out"), &Fingerprint::default()).unwrap();
+    let error = run(&model, 1, &scratch, &mut |_: &Cpu, job: &Job<'_>| {
+        Ok(rounded(job.target.format, job.weights, job.linear.weight.cols()))
+    });
+    assert!(error.unwrap_err().to_string().starts_with("Up.1 holds weights that are not numbers"));
+}
+
+#[test]
+fn importance_is_the_sum_of_squared_inputs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = tiny(&dir.path().join("tiny"));
+    let mut engine = Engine::open(&dir.path().join("tiny"), &rushlight::engine::Options::default()).unwrap();
+    let texts = [vec![1, 2, 3], vec![4, 5]];
+    let (loaded, backend) = engine.parts();
+    let squares = imatrix::collect(loaded, backend, &texts, false, &mut |_| ()).unwrap();
+    // What goes into the first queries is the normed embedding.
+    let cols = model.spec.hidden_size;
+    let weight = model.layers[0].attention_norm.as_ref().unwrap().weight.as_ref().unwrap();
+    let mut want = vec![0.0; cols];
+    for id in texts.concat() {
+        let mut row = vec![0f32; cols];
+        model.embedding.weight.format().decode(model.embedding.weight.row(id as usize), &mut row);
+        let mean = row.iter().map(|x| f64::from(x * x)).sum::<f64>() / cols as f64;
+        let by = 1.0 / (mean + f64::from(model.spec.norm.eps)).sqrt();
+        for c in 0..cols {
+            want[c] += (f64::from(row[c]) * by * f64::from(weight.values[c])).powi(2);
+        }
+    }
+    for linear in [&model.layers[0].q, &model.layers[0].k, &model.layers[0].v] {
+        let inputs = squares.of(linear.id).unwrap();
+        assert_eq!(inputs.rows, 5);
+        inputs.sums.iter().zip(&want).for_each(|(a, b)| assert!((a - b).abs() < 1e-4 * b, "{a} {b}"));
+    }
+    assert!(squares.of(model.head.id).is_none());
+    assert_eq!(
+        imatrix::gguf_name(&model, &model.layers[1].mlp.as_ref().unwrap().down).unwrap(),
+        "blk.1.ffn_down.weight"
+    );
+}
+
+#[test]
+fn a_model_writes_the_same_texts_on_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, tokenizer) = tiny(&dir.path().join("tiny"));
+    let own = Own { lanes: 3, steps: 300, seed: 5 };
+    let write = |threads, own| text::own(&model, &tokenizer, Some(threads), own, &mut |_| ()).unwrap();
+    let texts = write(1, own);
+    assert!(texts == write(3, own));
+    assert!(texts != write(1, Own { seed: 6, ..own }));
+    let length = text::length(&model);
+    assert!(texts.iter().all(|t| t[0] == tokenizer.bos().unwrap() && (2..=length).contains(&t.len())));
+    // Each step writes a token in each lane; those that end a text are not kept, and each text begins with one more.
+    let tokens: usize = texts.iter().map(|t| t.len() - 1).sum();
+    assert!((700..=900).contains(&tokens), "{tokens}");
+}
+
+#[test]
+fn texts_are_cut_into_sequences() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, tokenizer) = tiny(&dir.path().join("tiny"));
+    let built_in = text::sequences(&tokenizer, text::BUILT_IN, "the built-in text", 256).unwrap();
+    assert_eq!(built_in.concat().len(), text::BUILT_IN.len());
+    let error = text::sequences(&tokenizer, "too short", "a.txt", 256).unwrap_err().to_string();
+    assert!(error.starts_with("a.txt has 9 tokens") && error.contains("at least 4096"), "{error}");
+    // A long text is read here and there, from its beginning to near its end.
+    let long: String = (0..400_000u32).map(|i| char::from(b'a' + (i / 16000) as u8)).collect();
+    let some = text::sequences(&tokenizer, &long, "long", 512).unwrap();
+    assert_eq!(some.concat().len(), text::MOST);
+    assert_eq!((some[0][0], some[some.len() - 1][0]), (u32::from(b'a'), u32::from(b'y')));
+
+    let all = text::interleave(vec![vec![1]; 4], vec![vec![2]; 2]);
+    assert_eq!(all.concat(), [1, 2, 1, 1, 2, 1]);
+}
