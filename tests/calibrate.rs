@@ -105,8 +105,13 @@ fn every_step_sees_the_quantized_ones_before_it() {
     // text before each.
     let steps: Vec<Vec<usize>> = {
         let steps = model.layers.iter().flat_map(|l| {
-            let gate = l.mlp.gate.as_ref().unwrap();
-            [vec![l.q.id, l.k.id, l.v.id], vec![l.o.id], vec![gate.id, l.mlp.up.id], vec![l.mlp.down.id]]
+            let gate = l.mlp.as_ref().unwrap().gate.as_ref().unwrap();
+            [
+                vec![l.q.id, l.k.id, l.v.id],
+                vec![l.o.id],
+                vec![gate.id, l.mlp.as_ref().unwrap().up.id],
+                vec![l.mlp.as_ref().unwrap().down.id],
+            ]
         });
         steps.chain([vec![model.head.id]]).collect()
     };
@@ -184,7 +189,7 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
 fn weights_that_are_not_numbers_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let (mut model, _) = tiny(&dir.path().join("tiny"));
-    let up = &mut model.layers[1].mlp.up;
+    let up = &mut model.layers[1].mlp.as_mut().unwrap().up;
     let mut weights = floats(&up.weight);
     weights[77] = f32::NAN;
     up.weight = Weight::from_f32(up.weight.rows(), up.weight.cols(), &weights).unwrap();
@@ -222,7 +227,10 @@ fn importance_is_the_sum_of_squared_inputs() {
         inputs.sums.iter().zip(&want).for_each(|(a, b)| assert!((a - b).abs() < 1e-4 * b, "{a} {b}"));
     }
     assert!(squares.of(model.head.id).is_none());
-    assert_eq!(imatrix::gguf_name(&model, &model.layers[1].mlp.down).unwrap(), "blk.1.ffn_down.weight");
+    assert_eq!(
+        imatrix::gguf_name(&model, &model.layers[1].mlp.as_ref().unwrap().down).unwrap(),
+        "blk.1.ffn_down.weight"
+    );
 }
 
 #[test]

@@ -1,10 +1,9 @@
 //! Directories turned into GGUF files: the same model, the same tokens.
 
-#[allow(dead_code)]
 mod golden;
 
-use golden::{best, check_golden, ids, json, options, shared};
-use rushlight::engine::Engine;
+use golden::{Steps, best, check, check_golden, ids, json, options, shared};
+use rushlight::engine::{Engine, Options};
 use rushlight_models::checkpoint::gguf::Writer;
 use rushlight_models::checkpoint::{Checkpoint, TensorInfo};
 use rushlight_models::convert::{Conversion, Directory, to_gguf, to_huggingface};
@@ -33,12 +32,56 @@ fn convert(source: &Path, path: &Path) -> Conversion {
 fn every_family_gives_the_same_logits_as_gguf() {
     let out = tempfile::tempdir().unwrap();
     let names = "llama llama-rope3 llama-rope3-v5config llama-tied-bias llama-linear-rope llama-yarn \
-                 llama-sharded-bf16 llama-sharded-f16 yi mistral qwen2 qwen2-tied";
+                 llama-sharded-bf16 llama-sharded-f16 llama-torchbin yi mistral mixtral qwen2 qwen2-tied qwen2_moe qwen3 \
+                 qwen3_moe gemma phi phi3 glm glm4 chatglm2-6b chatglm3-6b chatglm3-6b-32k baichuan-7b baichuan-13b \
+                 baichuan2-7b baichuan2-13b internlm-7b internlm2 deepseek_v2 deepseek_v3 gpt_oss gpt2 gpt_bigcode \
+                 gpt_bigcode-mha gpt_neox starcoder2 falcon-7b-style falcon-40b-style bloom olmo olmo2 smollm3 granite \
+                 cohere stablelm ernie4_5 helium";
+    let mut failed = Vec::new();
     for name in names.split_whitespace() {
         let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
         let path = out.path().join(format!("{name}.gguf"));
-        convert(&dir, &path);
-        check_golden(&mut Engine::open(&path, &options(&[])).unwrap(), &dir.join("golden.json"), name);
+        let one = || {
+            convert(&dir, &path);
+            let mut engine = Engine::open(&path, &options(&[])).unwrap();
+            check(&mut engine, &dir.join("golden.json"), Steps::All);
+            // An adapter made for the directory fits its file too.
+            let adapters = std::fs::read_dir(dir.join("adapters"));
+            for adapter in adapters.into_iter().flatten().map(|entry| entry.unwrap().path()) {
+                engine.set_adapters(&[(adapter.clone(), 1.0)]).unwrap();
+                check(&mut engine, &adapter.join("golden.json"), Steps::All);
+            }
+        };
+        if std::panic::catch_unwind(one).is_err() {
+            failed.push(name);
+        }
+    }
+    assert!(failed.is_empty(), "{failed:?}");
+    let Some(dir) = shared("fixtures/families/phi3-longrope") else { return };
+    let path = out.path().join("longrope.gguf");
+    convert(&dir, &path);
+    let long = Options { context: Some(64), ..options(&[]) };
+    check(&mut Engine::open(&path, &long).unwrap(), &dir.join("golden.json"), Steps::Last);
+}
+
+#[test]
+fn what_gguf_cannot_say_is_refused_or_told() {
+    for (name, why) in [
+        ("gemma2", "attention scale"),
+        ("gemma3", "rotary positions"),
+        ("chatglm-6b", "no form in GGUF"),
+        ("chatglm2-6b-ptuning", "no place for Prefix"),
+        ("falcon-rw-alibi", "cannot say this model's"),
+        ("gptj", "no form in GGUF"),
+    ] {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let error = to_gguf(&Checkpoint::open(&dir).unwrap()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains(why), "{name}: {error}");
+    }
+    for (name, notes) in [("qwen-7b", &["logn", "text grows"][..]), ("internlm2-bias-dynntk", &["text grows"])] {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let conversion = to_gguf(&Checkpoint::open(&dir).unwrap()).unwrap();
+        assert!(notes.iter().all(|n| conversion.notes.iter().any(|note| note.contains(n))), "{:?}", conversion.notes);
     }
 }
 

@@ -44,16 +44,6 @@ fn mistral_with_its_window() {
     check_family(&fixture("mistral"));
 }
 
-#[test]
-fn other_checkpoints_of_these_families() {
-    let names = "llama-rope3 llama-rope3-v5config llama-tied-bias llama-linear-rope llama-yarn llama-sharded-bf16 \
-                 llama-sharded-f16 yi qwen2-tied";
-    for name in names.split_whitespace() {
-        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
-        check_family(&dir);
-    }
-}
-
 /// A GGUF file made from a directory, as llama.cpp's conversion makes it: the first `layers` layers, `extra` metadata,
 /// `factors` as rope_freqs.
 fn to_gguf(dir: &Path, path: &Path, layers: usize, extra: &[(&str, Value)], factors: Option<&[f32]>) {

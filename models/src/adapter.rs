@@ -1,8 +1,9 @@
 //! Adapters: PEFT directories and llama.cpp's GGUF adapters, read and attached to the linear layers they change.
 
-use crate::checkpoint::{Checkpoint, Tensor, huggingface, safetensors};
+use crate::checkpoint::{Checkpoint, Tensor, huggingface, pytorch, safetensors};
 use crate::families::{self, Config, Naming, Role};
 use crate::model::{Linear, LowRank, Model, Prefix, Weight};
+use crate::packing::{self, Rows};
 use crate::rope::reorder;
 use crate::{Error, Result};
 use regex::Regex;
@@ -49,7 +50,7 @@ pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
         }
     }
     model.embedding.replacement = None;
-    model.prefix = prefix;
+    model.prefix = prefix.or_else(|| model.own_prefix.clone());
     for linear in model.linears_mut() {
         linear.adapters.clear();
         linear.replacement = None;
@@ -106,17 +107,14 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
     let config_path = dir.join("adapter_config.json");
     let config = huggingface::read_config(&config_path)?;
     let config = Config::new(&config, &config_path);
-    let weights = dir.join("adapter_model.safetensors");
-    if !weights.exists() && dir.join("adapter_model.bin").exists() {
-        return Err(Error::file(
-            dir,
-            "its weights are in adapter_model.bin; save it again as adapter_model.safetensors",
-        ));
-    }
-    let file = safetensors::open(&weights)?;
+    let (safe, old) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
+    let (weights, (tensors, raw)) = match !safe.exists() && old.exists() {
+        true => pytorch::open(&old).map(|file| (old, (file.tensors, file.raw)))?,
+        false => safetensors::open(&safe).map(|file| (safe, (file.tensors, file.raw)))?,
+    };
     let peft = match config.str("peft_type") {
         Some("LORA") => Peft::read(&config)?,
-        Some("PREFIX_TUNING") => return Ok(Adapter::Prefix(read_prefix(&config, &weights, &file.tensors, model)?)),
+        Some("PREFIX_TUNING") => return Ok(Adapter::Prefix(read_prefix(&config, &weights, &tensors, model)?)),
         Some(other) => {
             return Err(config.error(format!(
                 "adapters of type {other} are not supported; LORA (DoRA and rsLoRA too) and PREFIX_TUNING are"
@@ -124,9 +122,9 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
         }
         None => return Err(config.error("the field peft_type is missing: not an adapter that PEFT wrote")),
     };
-    let mut odd: Vec<String> = file.raw.into_iter().map(|t| t.name).collect();
+    let mut odd: Vec<String> = raw.into_iter().map(|t| t.name).collect();
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
-    for tensor in file.tensors {
+    for tensor in tensors {
         let name = tensor.info.name.clone();
         // Some versions keep the adapter's own name, `default`, inside.
         let plain = name.strip_prefix("base_model.model.").unwrap_or(&name).replace(".default.", ".");
@@ -174,14 +172,7 @@ fn read_prefix(config: &Config<'_>, path: &Path, tensors: &[Tensor], model: &Mod
         )
     })?;
     let order = Reorder::of(model, Naming::HuggingFace).rows(Role::K, width, spec.head_dim);
-    let order = order.unwrap_or_else(|| (0..width).collect());
-    let rows = |at: usize| (0..len).map(move |token| token * columns + at * width);
-    let layer = |i: usize| {
-        let keys = rows(2 * i).flat_map(|row| order.iter().map(move |&c| row + c)).map(|at| values[at]).collect();
-        let values = rows(2 * i + 1).flat_map(|row| values[row..][..width].iter().copied()).collect();
-        (keys, values)
-    };
-    Ok(Prefix { len, layers: (0..layers).map(layer).collect() })
+    Ok(Prefix::new(len, true, spec, &values, order.as_deref()))
 }
 
 /// What adapter_config.json says about scales.
@@ -308,6 +299,14 @@ impl Reorder {
     }
 }
 
+/// One of the model's matrices, and which rows of an adapter's tensors are its own: all of them, or some of `total`.
+struct Piece {
+    role: Role,
+    layer: usize,
+    rows: Option<Rows>,
+    total: usize,
+}
+
 /// Fits what an adapter holds to the model's layers.
 struct Fit<'a> {
     path: &'a Path,
@@ -344,56 +343,92 @@ impl Fit<'_> {
         let mut changes = Vec::new();
         for (module, parts) in modules {
             let Some((role, layer)) = self.model.family.role(naming, &module) else { continue };
-            let linear = self.model.linears().find(|l| (l.role, l.layer) == (role, layer));
-            if let Some(tensor) = parts.replacement {
-                let base = match (linear, role) {
-                    (Some(linear), _) => &linear.weight,
-                    (None, Role::Embedding) => &self.model.embedding.weight,
-                    (None, _) => return Err(self.error(format!("replacing {module} is not supported"))),
-                };
-                let weight = self.matrix(&tensor, base.rows(), base.cols())?;
-                changes.push(Change { role, layer, what: What::Replacement(self.in_order(role, weight)) });
-            }
-            let low_rank = match (parts.a, parts.b) {
-                (None, None) if parts.magnitude.is_none() => continue,
-                (Some(a), Some(b)) => {
-                    let linear = linear.ok_or_else(|| {
-                        self.error(format!("an adapter on {module}, which is not a linear layer, is not supported"))
-                    })?;
-                    let rank = a.info.shape.first().copied().unwrap_or(0);
-                    let scale = scale(&module, rank)?;
-                    self.low_rank(linear, a, b, scale, parts.magnitude)?
+            let spec = &self.model.spec;
+            // An adapter of a packed matrix is one of each of its parts, with the rows that belong to it.
+            let packed = packing::parts(role, self.model.family.packing(naming, role), spec, layer);
+            let total: usize = packed.iter().map(|(_, rows)| rows.len()).sum();
+            let pieces = match packed.is_empty() {
+                true => vec![Piece { role, layer, rows: None, total: 0 }],
+                false => {
+                    packed.into_iter().map(|(role, rows)| Piece { role, layer, rows: Some(rows), total }).collect()
                 }
-                _ => return Err(self.error(format!("{module} has only a part of its adapter: the file is incomplete"))),
             };
-            changes.push(Change { role, layer, what: What::LowRank(low_rank) });
+            for piece in &pieces {
+                self.piece(&module, piece, &parts, &scale, &mut changes)?;
+            }
         }
         Ok(changes)
+    }
+
+    /// What the tensors `parts` of `module` do to one of its matrices.
+    fn piece(
+        &self,
+        module: &str,
+        piece: &Piece,
+        parts: &Parts,
+        scale: &impl Fn(&str, usize) -> Result<f32>,
+        changes: &mut Vec<Change>,
+    ) -> Result<()> {
+        let (role, layer) = (piece.role, piece.layer);
+        let linear = self.model.linears().find(|l| (l.role, l.layer) == (role, layer));
+        if let Some(tensor) = &parts.replacement {
+            let base = match (linear, role) {
+                (Some(linear), _) => &linear.weight,
+                (None, Role::Embedding) => &self.model.embedding.weight,
+                (None, _) => return Err(self.error(format!("replacing {module} is not supported"))),
+            };
+            let weight = self.part(tensor, piece, base.rows(), base.cols())?;
+            changes.push(Change { role, layer, what: What::Replacement(self.in_order(role, weight)) });
+        }
+        let low_rank = match (&parts.a, &parts.b) {
+            (None, None) if parts.magnitude.is_none() => return Ok(()),
+            (Some(a), Some(b)) => {
+                let linear = linear.ok_or_else(|| {
+                    self.error(format!("an adapter on {module}, which is not a linear layer, is not supported"))
+                })?;
+                let rank = a.info.shape.first().copied().unwrap_or(0);
+                let scale = scale(module, rank)?;
+                self.low_rank(linear, piece, a, b, scale, parts.magnitude.as_ref())?
+            }
+            _ => return Err(self.error(format!("{module} has only a part of its adapter: the file is incomplete"))),
+        };
+        changes.push(Change { role, layer, what: What::LowRank(low_rank) });
+        Ok(())
+    }
+
+    /// The rows of `tensor` that belong to a piece of `rows`.
+    fn part(&self, tensor: &Tensor, piece: &Piece, rows: usize, cols: usize) -> Result<Weight> {
+        let Some(part) = &piece.rows else { return self.matrix(tensor, rows, cols) };
+        let whole = self.matrix(tensor, piece.total, cols)?;
+        part.of(&whole).ok_or_else(|| self.error(format!("{} has too few rows", tensor.info.name)))
     }
 
     fn low_rank(
         &self,
         linear: &Linear,
-        a: Tensor,
-        b: Tensor,
+        piece: &Piece,
+        a: &Tensor,
+        b: &Tensor,
         scale: f32,
-        magnitude: Option<Tensor>,
+        magnitude: Option<&Tensor>,
     ) -> Result<LowRank> {
         let base = &linear.weight;
         let rank = a.info.shape.first().copied().unwrap_or(0);
         if rank == 0 || !scale.is_finite() {
             return Err(self.error(format!("{} has rank {rank} and scale {scale}", a.info.name)));
         }
-        let a = self.matrix(&a, rank, base.cols())?;
-        let b = self.in_order(linear.role, self.matrix(&b, base.rows(), rank)?);
+        let a = self.matrix(a, rank, base.cols())?;
+        let b = self.in_order(linear.role, self.part(b, piece, base.rows(), rank)?);
         let gain = match magnitude {
             None => None,
             Some(tensor) => {
-                let values = families::floats(tensor.info.format, &tensor.data).filter(|v| v.len() == base.rows());
+                let rows = if piece.rows.is_some() { piece.total } else { base.rows() };
+                let values = families::floats(tensor.info.format, &tensor.data).filter(|v| v.len() == rows);
                 let values = values.ok_or_else(|| {
                     let (name, shape) = (&tensor.info.name, &tensor.info.shape);
-                    self.error(format!("{name} is {shape:?}, not [{}]: it belongs to another base", base.rows()))
+                    self.error(format!("{name} is {shape:?}, not [{rows}]: it belongs to another base"))
                 })?;
+                let values = piece.rows.as_ref().map_or(values.clone(), |part| part.of_values(&values));
                 let order = self.reorder.rows(linear.role, base.rows(), self.model.spec.head_dim);
                 let values = match order {
                     Some(order) => order.iter().map(|&i| values[i]).collect(),

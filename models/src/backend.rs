@@ -1,10 +1,11 @@
 //! What a decoder needs from whoever computes it.
 
 use crate::Result;
-use crate::model::{Linear, Model, NormWeights, Table};
-use crate::spec::Norm;
+use crate::model::{ExpertWeights, Linear, Model, NormWeights, Table, Vector};
+use crate::spec::{Alibi, Experts, Norm, Outline};
 use rushlight_quant::Phase;
 use rushlight_quant::ops::Activation;
+use std::ops::Range;
 
 /// Rows of tokens to run through the model together, sequence after sequence.
 #[derive(Clone, Copy, Debug)]
@@ -26,25 +27,43 @@ pub struct Sequence {
     pub start: usize,
     /// Number of rows here.
     pub len: usize,
+    /// What they need to know of the whole sequence: [`Model::outline`].
+    pub outline: Outline,
+}
+
+impl Sequence {
+    /// The positions of the rows as embeddings count them: those of a prefix that is not counted left out.
+    pub fn positions(&self) -> Range<usize> {
+        let start = self.start - self.outline.before.min(self.start);
+        start..start + self.len
+    }
 }
 
 /// How one layer attends.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionSpec {
+pub struct AttentionSpec<'a> {
     /// The layer, which picks the cache.
     pub layer: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head of queries and keys.
     pub head_dim: usize,
+    /// Width of a head of values.
+    pub value_dim: usize,
     /// What scores are multiplied by.
     pub scale: f32,
     /// Scores become `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
     /// A position sees itself and the `window - 1` before it.
     pub window: Option<usize>,
+    /// What distances add to the scores.
+    pub alibi: Option<&'a Alibi>,
+    /// Queries behind this many positions are multiplied by `ln(position + 1) / ln(this)`.
+    pub logn: Option<usize>,
+    /// One more score for each head, which is dropped after the softmax.
+    pub sinks: Option<&'a Vector>,
 }
 
 /// The operations of a decoder. Tensors are f32 matrices with a row per token; an operation that takes one by value
@@ -71,11 +90,34 @@ pub trait Backend {
     /// Puts keys and values behind those the layer has of each sequence, and lets the queries attend to them all.
     fn attention(
         &mut self,
-        spec: &AttentionSpec,
+        spec: &AttentionSpec<'_>,
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
     ) -> Result<Self::Tensor>;
+
+    /// Keys and values from a latent vector's: each row of `kv` holds `heads` times `[key | value]`, and behind each key
+    /// go the row's `rotated` values, which all heads share. Values are `value_dim` wide.
+    fn latent(
+        &mut self,
+        kv: Self::Tensor,
+        rotated: Self::Tensor,
+        heads: usize,
+        value_dim: usize,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    /// A mixture of experts: `scores` are the router's for each row of `x`, [`choose`](crate::routing::choose) says who
+    /// takes part and by how much.
+    fn experts(
+        &mut self,
+        x: &Self::Tensor,
+        scores: Self::Tensor,
+        spec: &Experts,
+        weights: &ExpertWeights,
+    ) -> Result<Self::Tensor>;
+
+    /// Each row of `x` times the sigmoid of the row's one value in `by`.
+    fn gate_rows(&mut self, x: Self::Tensor, by: Self::Tensor) -> Result<Self::Tensor>;
 
     /// `act(gate) * up`, value by value.
     fn gate(&mut self, act: Activation, gate: Self::Tensor, up: Self::Tensor) -> Result<Self::Tensor>;
@@ -88,6 +130,9 @@ pub trait Backend {
 
     /// `x * by`.
     fn scale(&mut self, x: Self::Tensor, by: f32) -> Result<Self::Tensor>;
+
+    /// `x` no further than `limit` from 0, value by value.
+    fn clamp(&mut self, x: Self::Tensor, limit: f32) -> Result<Self::Tensor>;
 
     /// `cap * tanh(x / cap)`, value by value.
     fn softcap(&mut self, x: Self::Tensor, cap: f32) -> Result<Self::Tensor>;

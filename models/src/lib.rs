@@ -10,7 +10,9 @@ pub mod decoder;
 mod error;
 pub mod families;
 pub mod model;
+pub mod packing;
 pub mod rope;
+pub mod routing;
 pub mod spec;
 pub mod tokenizer;
 

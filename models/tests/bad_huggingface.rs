@@ -176,8 +176,8 @@ fn what_a_directory_lacks() {
         model
     };
     bare().refused(&["no weights", "model.safetensors"]);
-    bare().put("pytorch_model.bin", "PK").refused(&["pytorch_model.bin", "python -c", "save_pretrained"]);
-    bare().put("pytorch_model-00001-of-00002.bin", "PK").refused(&["python -c"]);
+    bare().put("pytorch_model.bin", "PK").refused(&["pytorch_model.bin", "truncated"]);
+    bare().put("pytorch_model-00001-of-00002.bin", "PK").refused(&["pytorch_model.bin.index.json is missing"]);
     bare().put("model-00001-of-00002.safetensors", "x").refused(&["model.safetensors.index.json is missing"]);
     bare().put("other.safetensors", "x").refused(&["other.safetensors"]);
     Model::new().put("adapter_config.json", "{}").put("adapter_model.safetensors", "x").refused(&["--adapter"]);

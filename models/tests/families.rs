@@ -5,7 +5,7 @@ use rushlight_models::checkpoint::{Checkpoint, Metadata, TensorInfo, Value};
 use rushlight_models::families::{FAMILIES, Naming, Role};
 use rushlight_models::model::Model;
 use rushlight_models::rope::{Rotary, reorder};
-use rushlight_models::spec::{Rope, RopeScaling};
+use rushlight_models::spec::{Outline, Rope, RopeScaling};
 use rushlight_quant::formats::Format;
 use rushlight_quant::ops::RopeLayout;
 use serde_json::{Value as Json, json};
@@ -36,7 +36,9 @@ fn the_switches_are_read() {
     let llama = load("llama", json!({})).unwrap().spec;
     assert_eq!((llama.family, llama.layers.len(), llama.heads, llama.kv_heads, llama.head_dim), ("llama", 2, 4, 2, 16));
     assert_eq!(llama.attention_scale, 0.25);
-    assert!(llama.layers.iter().all(|l| l.window.is_none()) && !llama.bias.qkv && !llama.tied_head);
+    assert!(
+        llama.layers.iter().all(|l| l.window.is_none() && l.experts.is_none()) && !llama.bias.qkv && !llama.tied_head
+    );
     let mistral = load("mistral", json!({})).unwrap().spec;
     assert!(mistral.layers.iter().all(|l| l.window == Some(8)));
     // Absent, the window is the reference implementation's.
@@ -87,7 +89,18 @@ fn what_a_configuration_must_not_say() {
         (json!({"num_hidden_layers": u64::MAX}), "not believed"),
         (json!({"rms_norm_eps": -1.0}), "epsilon"),
         (json!({"rms_norm_eps": 1e300}), "epsilon"),
-        (json!({"rope_scaling": {"rope_type": "su", "factor": 2.0}}), "'su'"),
+        (json!({"rope_scaling": {"rope_type": "mystic", "factor": 2.0}}), "'mystic'"),
+        (json!({"rope_scaling": {"rope_type": "longrope"}}), "original_max_position_embeddings is missing"),
+        (
+            json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
+            "original_max_position_embeddings": 16}),
+            "1 short factors for 8 pairs",
+        ),
+        (
+            json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}, "original_max_position_embeddings": 16}),
+            "long_factor is missing",
+        ),
+        (json!({"rope_scaling": {"rope_type": "dynamic"}}), "factor is missing"),
         (json!({"rope_scaling": {"factor": 2.0}}), "none named"),
         (json!({"rope_scaling": {"rope_type": 3}}), "not a string"),
         (json!({"rope_scaling": {"rope_type": "linear"}}), "factor is missing"),
@@ -101,8 +114,11 @@ fn what_a_configuration_must_not_say() {
         (json!({"rope_scaling": linear, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}}), "contradict"),
         (json!({"partial_rotary_factor": 2.0}), "32 rotated values"),
         (json!({"partial_rotary_factor": 0.1}), "1 rotated values"),
+        (
+            json!({"model_type": "phantom"}),
+            "'phantom' is not supported; the supported ones are llama, mistral, mixtral, qwen, qwen2",
+        ),
         (json!({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}), "quantized by GPTQ"),
-        (json!({"model_type": "phantom"}), "'phantom' is not supported; the supported ones are llama, mistral, qwen2"),
         (json!({"model_type": null, "architectures": ["Phantom"]}), "'Phantom'"),
         (json!({"model_type": null, "architectures": null}), "none named"),
         (json!({"attention_bias": true}), "model.layers.1.self_attn.o_proj.bias"),
@@ -218,7 +234,11 @@ fn what_metadata_must_not_say() {
     assert!(spec.tied_head && spec.kv_heads == 2 && spec.ropes[0].layout == RopeLayout::Interleaved);
     let string = |s: &str| Value::String(s.into());
     for (key, value, why) in [
-        ("general.architecture", string("phantom"), "'phantom' is not supported; the supported ones are llama, qwen2"),
+        (
+            "general.architecture",
+            string("phantom"),
+            "'phantom' is not supported; the supported ones are llama, qwen, qwen2, qwen2moe",
+        ),
         ("general.architecture", string("qwen2"), "qwen2.embedding_length is missing"),
         ("llama.block_count", Value::Unsigned(2), "blk.1.ffn_down.weight"),
         ("llama.block_count", Value::Unsigned(0), "layers is 0"),
@@ -229,11 +249,11 @@ fn what_metadata_must_not_say() {
         ("llama.attention.head_count", Value::Unsigned(0), "attention.head_count 0"),
         ("llama.attention.head_count", Value::Unsigned(3), "not a multiple"),
         ("llama.attention.head_count_kv", Value::Unsigned(0), "key/value heads is 0"),
-        ("llama.attention.key_length", Value::Unsigned(2), "values of"),
+        ("llama.attention.key_length", Value::Unsigned(2), "blk.0.attn_q.weight should be [4, 8] but is [8, 8]"),
         ("llama.rope.dimension_count", Value::Unsigned(5), "5 rotated values"),
-        ("llama.rope.scaling.type", string("longrope"), "'longrope'"),
+        ("llama.rope.scaling.type", string("mystic"), "'mystic'"),
         ("llama.rope.scaling.type", string("linear"), "factor is missing"),
-        ("llama.expert_count", Value::Unsigned(8), "experts"),
+        ("llama.expert_count", Value::Unsigned(8), "expert_used_count is missing"),
         ("llama.vocab_size", Value::Unsigned(21), "token_embd.weight should be [21, 8]"),
         ("llama.attention.layer_norm_rms_epsilon", Value::Float(f64::NAN), "epsilon"),
     ] {
@@ -273,10 +293,15 @@ fn what_metadata_must_not_say() {
 fn names_and_roles_are_each_others_inverse() {
     for family in FAMILIES {
         for naming in [Naming::HuggingFace, Naming::Gguf] {
-            for role in [Role::Embedding, Role::Head, Role::Q, Role::O, Role::Gate, Role::Down, Role::MlpNorm] {
+            for role in [Role::Embedding, Role::Head, Role::Q, Role::Qkv, Role::O, Role::Down, Role::ExpertDown(5)] {
                 let layer = if matches!(role, Role::Embedding | Role::Head) { 0 } else { 17 };
-                let name = family.name(naming, role, layer).unwrap();
-                assert_eq!(family.role(naming, &name), Some((role, layer)), "{name}");
+                for name in family.names_of(naming, role, layer) {
+                    let role = if family.stacked(naming, role) { role.of_expert(0) } else { role };
+                    assert_eq!(family.role(naming, &name), Some((role, layer)), "{name}");
+                }
+            }
+            if naming == Naming::HuggingFace || family.gguf.is_some() {
+                assert!([Role::Q, Role::Qkv].iter().any(|&role| family.name(naming, role, 0).is_some()));
             }
             for odd in [
                 "blk.+1.attn_q",
@@ -301,15 +326,17 @@ fn a_shifted_key_is_the_key_at_the_other_position() {
         attention_factor: 1.3,
         truncate: true,
     };
-    let rotary = Rotary::new(&Rope { theta: 10000.0, dim: 8, layout: RopeLayout::Half, scaling: yarn }, None);
+    let rope = Rope { theta: 10000.0, dim: 8, first: 0, layout: RopeLayout::Half, scaling: yarn };
+    let rotary = Rotary::new(&rope, None);
+    let outline = Outline::default();
     let at = |position| {
         let (mut cos, mut sin) = ([0.0; 4], [0.0; 4]);
-        rotary.angles(position, &mut cos, &mut sin);
+        rotary.at(&outline).angles(position, &mut cos, &mut sin);
         (cos, sin)
     };
     let ((c1, s1), (c2, s2)) = (at(1000), at(958));
     let (mut cos, mut sin) = ([0.0; 4], [0.0; 4]);
-    rotary.shift(-42, &mut cos, &mut sin);
+    rotary.shift(-42, &outline, &mut cos, &mut sin);
     for i in 0..4 {
         assert!((c1[i] * cos[i] - s1[i] * sin[i] - c2[i]).abs() < 1e-5);
         assert!((s1[i] * cos[i] + c1[i] * sin[i] - s2[i]).abs() < 1e-5);
@@ -322,4 +349,43 @@ fn reordering_there_and_back_changes_nothing() {
     assert_eq!(there[..12], [0, 4, 1, 5, 2, 6, 3, 7, 8, 9, 10, 11]);
     let back = reorder(24, 12, 8, RopeLayout::Interleaved, RopeLayout::Half);
     assert!((0..24).all(|i| there[back[i]] == i));
+}
+
+/// docs/families.md as the registry has it. With RUSHLIGHT_WRITE_DOCS set it is written, otherwise compared.
+#[test]
+fn the_list_of_families_is_the_registry() {
+    let code = |names: &[&str]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let mut text = String::from(
+        "# Families\n\nEvery family of models that Rushlight reads, from Hugging Face directories and, where an architecture is \
+         named, from GGUF.\nThis page is written by a test from the list in `models/src/families/mod.rs`; \
+         [adding-a-family.md](adding-a-family.md) says how to\nadd one. Adapters name the linear layers as the family's own \
+         files do.\n\n\
+         | family | `model_type` | GGUF architecture | linear layers |\n| --- | --- | --- | --- |\n",
+    );
+    for family in FAMILIES {
+        let gguf = family.gguf.map_or("none".into(), |g| code(&[g.architecture]));
+        let targets = code(&family.targets());
+        text += &format!("| {} | {} | {gguf} | {targets} |\n", family.name, code(family.model_types));
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md");
+    if std::env::var_os("RUSHLIGHT_WRITE_DOCS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        there, text,
+        "write it anew: RUSHLIGHT_WRITE_DOCS=1 cargo test -p rushlight-models the_list_of_families"
+    );
+}
+
+#[test]
+fn no_two_families_answer_to_one_name() {
+    for (i, a) in FAMILIES.iter().enumerate() {
+        for b in &FAMILIES[..i] {
+            assert_ne!(a.name, b.name);
+            let shared = a.model_types.iter().any(|t| b.model_types.contains(t));
+            // Two generations of ChatGLM say the same and differ in their fields.
+            assert!(!shared || (a.name, b.name) == ("chatglm2", "chatglm"), "{} and {}", a.name, b.name);
+        }
+    }
 }

@@ -319,25 +319,31 @@ fn plain_attention(
     keys: &[f32],
     values: &[f32],
     cap: usize,
+    context: usize,
 ) -> Vec<f64> {
-    let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+    let (dim, value_dim, group) = (spec.head_dim, spec.value_dim, spec.heads / spec.kv_heads);
     let rows = q.len() / (spec.heads * dim);
-    let mut out = vec![0f64; q.len()];
+    let mut out = vec![0f64; rows * spec.heads * value_dim];
     for r in 0..rows {
         let i = start + r;
+        let last = if i < context { context - 1 } else { i };
         for h in 0..spec.heads {
             let q = &q[(r * spec.heads + h) * dim..][..dim];
             let first = spec.window.map_or(0, |w| (i + 1).saturating_sub(w));
-            let at = |j: usize| ((h / group) * cap + j) * dim;
-            let mut scores: Vec<f64> = (first..=i)
+            let at = |j: usize| (h / group) * cap + j;
+            let mut scores: Vec<f64> = (first..=last)
                 .map(|j| {
                     let dot: f64 =
-                        q.iter().zip(&keys[at(j)..][..dim]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        q.iter().zip(&keys[at(j) * dim..][..dim]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                     let mut s = dot * f64::from(spec.scale);
                     if let Some(cap) = spec.softcap {
                         s = f64::from(cap) * (s / f64::from(cap)).tanh();
                     }
-                    s + spec.slopes.map_or(0.0, |m| f64::from(m[h]) * (j as f64 - i as f64))
+                    s + match (spec.slopes, spec.rounded_slopes) {
+                        (None, _) => 0.0,
+                        (Some(m), None) => f64::from(m[h]) * (j as f64 - i as f64),
+                        (Some(m), Some(by)) => f64::from(by) * half::bf16::from_f32(m[h] * j as f32).to_f64(),
+                    }
                 })
                 .collect();
             if let Some(sinks) = spec.sinks {
@@ -345,10 +351,10 @@ fn plain_attention(
             }
             let most = scores.iter().cloned().fold(f64::MIN, f64::max);
             let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
-            for (n, j) in (first..=i).enumerate() {
+            for (n, j) in (first..=last).enumerate() {
                 let p = (scores[n] - most).exp() / total;
-                for d in 0..dim {
-                    out[(r * spec.heads + h) * dim + d] += p * f64::from(values[at(j) + d]);
+                for d in 0..value_dim {
+                    out[(r * spec.heads + h) * value_dim + d] += p * f64::from(values[at(j) * value_dim + d]);
                 }
             }
         }
@@ -362,25 +368,29 @@ fn attention_of_every_kind() {
     let slopes = [0.5, 0.25, 0.1, 0.05, 0.02, 0.01];
     let sinks = [0.3, -1.0, 2.0, 0.0, 1.0, -0.5];
     for (heads, kv_heads, dim) in [(6, 2, 24), (4, 4, 16), (6, 1, 7), (3, 3, 64)] {
-        for kind in 0..5 {
+        for kind in 0..8 {
+            let value_dim = if kind == 6 { dim + 5 } else { dim };
             let spec = Attention {
                 heads,
                 kv_heads,
                 head_dim: dim,
+                value_dim,
                 scale: 1.0 / (dim as f32).sqrt(),
                 softcap: (kind == 1).then_some(2.0),
                 window: (kind == 2).then_some(70),
-                slopes: (kind == 3).then_some(&slopes[..heads]),
+                slopes: (kind == 3 || kind == 5).then_some(&slopes[..heads]),
+                rounded_slopes: (kind == 5).then_some(0.3),
                 sinks: (kind == 4).then_some(&sinks[..heads]),
             };
             for (start, rows) in [(0, 1), (0, 130), (300, 1), (90, 61), (255, 3), (64, 64)] {
                 let capacity = start + rows + 5;
+                let context = if kind == 7 { start + rows - 1 } else { 0 };
                 let q = random.normals(rows * heads * dim);
                 let keys = random.normals(kv_heads * capacity * dim);
-                let values = random.normals(kv_heads * capacity * dim);
+                let values = random.normals(kv_heads * capacity * value_dim);
                 let halves = |x: &[f32]| -> Vec<u16> { x.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect() };
                 let (keys16, values16) = (halves(&keys), halves(&values));
-                let want = plain_attention(&spec, &q, start, &keys, &values, capacity);
+                let want = plain_attention(&spec, &q, start, &keys, &values, capacity, context);
                 for cpu in all() {
                     for phase in [Phase::Generate, Phase::Prompt] {
                         for (half, room) in [(false, 2e-5), (true, 4e-3)] {
@@ -389,8 +399,8 @@ fn attention_of_every_kind() {
                             } else {
                                 (Kv::F32(&keys), Kv::F32(&values))
                             };
-                            let sequence = AttentionSequence { rows: 0..rows, start, keys, values, capacity };
-                            let mut out = vec![f32::NAN; q.len()];
+                            let sequence = AttentionSequence { rows: 0..rows, start, keys, values, capacity, context };
+                            let mut out = vec![f32::NAN; want.len()];
                             cpu.attention(phase, &spec, &q, &[sequence], &mut out);
                             for (got, want) in out.iter().zip(&want) {
                                 assert!(
@@ -414,18 +424,26 @@ fn attention_rows_do_not_depend_on_how_the_prompt_is_cut() {
         heads: 4,
         kv_heads: 2,
         head_dim: 32,
+        value_dim: 32,
         scale: 0.2,
         softcap: None,
         window: None,
         slopes: None,
+        rounded_slopes: None,
         sinks: None,
     };
     let (rows, capacity, width) = (200, 200, 128);
     let q = random.normals(rows * width);
     let keys = random.normals(2 * capacity * 32);
     let values = random.normals(2 * capacity * 32);
-    let sequence =
-        |rows, start| AttentionSequence { rows, start, keys: Kv::F32(&keys), values: Kv::F32(&values), capacity };
+    let sequence = |rows, start| AttentionSequence {
+        rows,
+        start,
+        keys: Kv::F32(&keys),
+        values: Kv::F32(&values),
+        capacity,
+        context: 0,
+    };
     for cpu in all() {
         let mut whole = vec![0.0; q.len()];
         cpu.attention(Phase::Prompt, &spec, &q, &[sequence(0..rows, 0)], &mut whole);
@@ -466,9 +484,19 @@ fn small_operations() {
                 near(out[i], want, 4e-6);
             }
         }
+        // Five heads of 15 with weights of their own are normed one by one.
+        let mut heads = vec![0.0; rows * width];
+        cpu.layer_norm(&x, 15, Some(&w), Some(&b), 1e-5, &mut heads);
+        for (i, (x, got)) in x.chunks(15).zip(heads.chunks(15)).enumerate() {
+            let at = i % 5 * 15;
+            let mut one = [0.0; 15];
+            cpu.layer_norm(x, 15, Some(&w[at..at + 15]), Some(&b[at..at + 15]), 1e-5, &mut one);
+            assert_eq!(got, one);
+        }
         let points: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.005).collect();
         let up: Vec<f32> = points.iter().map(|p| p * 0.3 + 1.0).collect();
-        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let all = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ClampedSilu];
+        for act in all {
             let mut alone = points.clone();
             cpu.activate(act, &mut alone);
             let mut gated = points.clone();
@@ -482,9 +510,14 @@ fn small_operations() {
                         0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
                     }
                     Activation::Relu => x.max(0.0),
+                    Activation::ClampedSilu => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
                 };
                 near(alone[i], want, 1e-6);
-                near(gated[i], want * f64::from(up[i]), 1e-6);
+                let up = match act {
+                    Activation::ClampedSilu => f64::from(up[i]).clamp(-7.0, 7.0) + 1.0,
+                    _ => f64::from(up[i]),
+                };
+                near(gated[i], want * up, 1e-6);
             }
         }
         let mut capped = points.clone();
@@ -511,28 +544,31 @@ fn erf(x: f64) -> f64 {
 #[test]
 fn rotary_positions() {
     let mut random = Random(12);
-    let (rows, heads, dim, rotary) = (5, 3, 20, 12);
+    let (rows, heads, dim, rotary, first) = (5, 3, 20, 12, 4);
     let x = random.normals(rows * heads * dim);
     let angles = random.normals(rows * rotary / 2);
     let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
     let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
     for cpu in all() {
-        for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+        for layout in [RopeLayout::Half, RopeLayout::Interleaved, RopeLayout::TwoHalves] {
             let mut out = x.clone();
-            cpu.rope(&mut out, heads * dim, dim, &cos, &sin, rotary, layout);
+            cpu.rope(&mut out, heads * dim, dim, &cos, &sin, first, rotary, layout);
             for r in 0..rows {
                 for h in 0..heads {
-                    let at = (r * heads + h) * dim;
+                    let head = (r * heads + h) * dim;
+                    let at = head + first;
                     for i in 0..rotary / 2 {
                         let (a, b) = match layout {
                             RopeLayout::Half => (i, i + rotary / 2),
                             RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                            RopeLayout::TwoHalves => (i + i / 3 * 3, i + i / 3 * 3 + 3),
                         };
                         let (c, s) = (cos[r * rotary / 2 + i], sin[r * rotary / 2 + i]);
                         assert!((out[at + a] - (x[at + a] * c - x[at + b] * s)).abs() < 1e-6);
                         assert!((out[at + b] - (x[at + a] * s + x[at + b] * c)).abs() < 1e-6);
                     }
-                    assert_eq!(out[at + rotary..at + dim], x[at + rotary..at + dim], "unturned columns stay");
+                    assert_eq!(out[head..at], x[head..at], "unturned columns stay");
+                    assert_eq!(out[at + rotary..head + dim], x[at + rotary..head + dim], "unturned columns stay");
                 }
             }
         }

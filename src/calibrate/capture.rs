@@ -2,8 +2,8 @@
 
 use crate::engine::cpu::{Activations, CpuBackend};
 use rushlight_models::backend::{AttentionSpec, Backend, Batch};
-use rushlight_models::model::{Linear, Model, NormWeights, Table};
-use rushlight_models::spec::Norm;
+use rushlight_models::model::{ExpertWeights, Linear, Model, NormWeights, Table};
+use rushlight_models::spec::{Experts, Norm};
 use rushlight_models::{Error, Result};
 use rushlight_quant::Cpu;
 use rushlight_quant::ops::Activation;
@@ -89,13 +89,42 @@ impl<O: Observer> Backend for Capture<'_, O> {
 
     fn attention(
         &mut self,
-        spec: &AttentionSpec,
+        spec: &AttentionSpec<'_>,
         q: Activations,
         k: Activations,
         v: Activations,
     ) -> Result<Activations> {
         let layer = if self.one_cache { 0 } else { spec.layer };
         self.backend.attention(&AttentionSpec { layer, ..*spec }, q, k, v)
+    }
+
+    fn latent(
+        &mut self,
+        kv: Activations,
+        rotated: Activations,
+        heads: usize,
+        value_dim: usize,
+    ) -> Result<(Activations, Activations)> {
+        self.backend.latent(kv, rotated, heads, value_dim)
+    }
+
+    /// What goes into single experts is not shown: each has rows of its own, and too few of them to measure by.
+    fn experts(
+        &mut self,
+        x: &Activations,
+        scores: Activations,
+        spec: &Experts,
+        weights: &ExpertWeights,
+    ) -> Result<Activations> {
+        self.backend.experts(x, scores, spec, weights)
+    }
+
+    fn gate_rows(&mut self, x: Activations, by: Activations) -> Result<Activations> {
+        self.backend.gate_rows(x, by)
+    }
+
+    fn clamp(&mut self, x: Activations, limit: f32) -> Result<Activations> {
+        self.backend.clamp(x, limit)
     }
 
     fn gate(&mut self, act: Activation, gate: Activations, up: Activations) -> Result<Activations> {

@@ -113,7 +113,7 @@ pub fn targets(model: &Model, plan: &Plan) -> HashMap<usize, Target> {
         }
         let rows = match &planned.source.source {
             Source::Tensor { rows, .. } => rows.clone(),
-            Source::Data(_) => return None,
+            Source::Parts { .. } | Source::Data(_) => return None,
         };
         Some((linear.id, Target { name, format: planned.format, rows }))
     };

@@ -69,7 +69,7 @@ pub fn collect(
 ) -> Result<Squares> {
     let mut squares = Squares::default();
     for (i, ids) in sequences.iter().enumerate() {
-        let sequence = [Sequence { slot: 0, start: 0, len: ids.len() }];
+        let sequence = [Sequence { slot: 0, start: 0, len: ids.len(), outline: model.outline(ids) }];
         let batch = Batch { ids, sequences: &sequence, phase: Phase::Prompt };
         let mut capture = Capture::new(&mut *backend, &mut squares);
         let hidden = capture.run(|b| decoder::hidden(model, b, &batch))?;

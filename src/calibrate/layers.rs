@@ -163,8 +163,9 @@ impl Run<'_> {
     fn embed(&self, backend: &mut CpuBackend, chunks: &[Range<usize>]) -> Result<()> {
         let mut out = AtomicFile::create(&self.hidden(0))?;
         for chunk in chunks {
-            let (ids, _) = batch(&self.sequences[chunk.clone()]);
-            let x = decoder::embed(&self.model, backend, &ids)?;
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
+            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+            let x = decoder::embed(&self.model, backend, &batch)?;
             put(&mut out, &x)?;
         }
         Ok(out.commit()?)
@@ -218,7 +219,7 @@ impl Run<'_> {
     ) -> Result<bool> {
         let (mut at, mut ended) = (0, false);
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
             let x = self.load(backend, input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
@@ -254,7 +255,7 @@ impl Run<'_> {
         let mut observer = Step::new(0, self.targets);
         let mut at = 0;
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.sequences[chunk.clone()]);
+            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
             let x = self.load(backend, &input, &mut at, ids.len())?;
             observer.begin(chunk.start, &sequences);
             Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
@@ -371,8 +372,8 @@ fn chunks(sequences: &[Vec<u32>], most: usize) -> Vec<Range<usize>> {
 }
 
 /// The tokens of `sequences` behind one another, and a slot for each.
-fn batch(sequences: &[Vec<u32>]) -> (Vec<u32>, Vec<Sequence>) {
-    let place = |(slot, s): (usize, &Vec<u32>)| Sequence { slot, start: 0, len: s.len() };
+fn batch(model: &Model, sequences: &[Vec<u32>]) -> (Vec<u32>, Vec<Sequence>) {
+    let place = |(slot, s): (usize, &Vec<u32>)| Sequence { slot, start: 0, len: s.len(), outline: model.outline(s) };
     (sequences.concat(), sequences.iter().enumerate().map(place).collect())
 }
 
@@ -468,8 +469,12 @@ impl<'a> Work<'a> {
         };
         let mut parts: Vec<_> = (run.model.layers.iter())
             .map(|l| {
-                let up: Vec<&Linear> = l.mlp.gate.iter().chain([&l.mlp.up]).collect();
-                part(&[vec![&l.q, &l.k, &l.v], vec![&l.o], up, vec![&l.mlp.down]])
+                let mut steps = vec![vec![&l.q, &l.k, &l.v], vec![&l.o]];
+                if let Some(mlp) = &l.mlp {
+                    steps.push(mlp.gate.iter().chain([&mlp.up]).collect());
+                    steps.push(vec![&mlp.down]);
+                }
+                part(&steps)
             })
             .collect();
         if !run.model.spec.tied_head {

@@ -219,13 +219,16 @@ impl Probe {
     /// Logits at the compared positions, from layer `first` on. `streams` gets the stream before each layer.
     fn run(&mut self, first: usize, mut streams: Option<&mut Vec<Vec<f32>>>) -> Result<Vec<f32>> {
         let ids: Vec<u32> = self.sequences.concat();
-        let sequences: Vec<Sequence> =
-            self.sequences.iter().enumerate().map(|(slot, s)| Sequence { slot, start: 0, len: s.len() }).collect();
+        let place = |(slot, s): (usize, &Vec<u32>)| {
+            let outline = self.model.outline(s);
+            Sequence { slot, start: 0, len: s.len(), outline }
+        };
+        let sequences: Vec<Sequence> = self.sequences.iter().enumerate().map(place).collect();
         let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
         let (model, backend) = (&self.model, &mut self.backend);
         backend.begin(model, &batch)?;
         let mut x: Activations = if first == 0 {
-            decoder::embed(model, backend, &ids)?
+            decoder::embed(model, backend, &batch)?
         } else {
             let stream = &self.streams[first];
             let mut x = backend.new_tensor(ids.len(), model.spec.hidden_size);

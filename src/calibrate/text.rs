@@ -95,7 +95,12 @@ pub fn own(
     let mut written = Vec::new();
     for step in 0..own.steps {
         let ids: Vec<u32> = lanes.iter().map(|lane| lane[lane.len() - 1]).collect();
-        let place = |(slot, lane): (usize, &Vec<u32>)| Sequence { slot, start: lane.len() - 1, len: 1 };
+        let place = |(slot, lane): (usize, &Vec<u32>)| Sequence {
+            slot,
+            start: lane.len() - 1,
+            len: 1,
+            outline: model.outline(lane),
+        };
         let sequences: Vec<Sequence> = lanes.iter().enumerate().map(place).collect();
         let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
         let hidden = decoder::hidden(model, &mut backend, &batch)?;
@@ -137,7 +142,15 @@ pub fn backend(
     layers: usize,
 ) -> Result<CpuBackend> {
     let spec = &model.spec;
-    let shape = KvShape { slots, layers, kv_heads: spec.kv_heads, head_dim: spec.head_dim, capacity, half: false };
+    let shape = KvShape {
+        slots,
+        layers,
+        kv_heads: spec.kv_heads,
+        head_dim: spec.head_dim,
+        value_dim: spec.value_dim,
+        capacity,
+        half: false,
+    };
     let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
     let cpu = Cpu::new(threads.unwrap_or_else(physical_cores).max(1), isa);
     Ok(CpuBackend::new(cpu, KvCache::new(shape)?))

@@ -2,8 +2,9 @@
 
 use super::kv::KvCache;
 use rushlight_models::backend::{AttentionSpec, Backend, Batch, Sequence};
-use rushlight_models::model::{Linear, Model, NormWeights, Table};
-use rushlight_models::spec::{Norm, NormKind};
+use rushlight_models::model::{ExpertWeights, Linear, Model, NormWeights, Table};
+use rushlight_models::routing;
+use rushlight_models::spec::{Experts, Norm, NormKind, Outline};
 use rushlight_models::{Error, Result};
 use rushlight_quant::buffer::Aligned;
 use rushlight_quant::ops::{Activation, Attention, AttentionSequence, RopeLayout};
@@ -80,6 +81,7 @@ impl Drop for Activations {
 struct Angles {
     cos: Vec<f32>,
     sin: Vec<f32>,
+    first: usize,
     dim: usize,
     layout: Option<RopeLayout>,
 }
@@ -126,9 +128,9 @@ impl CpuBackend {
     }
 
     /// Drops the positions `range` of `slot`; those behind it move down.
-    pub fn forget(&mut self, model: &Model, slot: usize, range: Range<usize>) {
+    pub fn forget(&mut self, model: &Model, slot: usize, range: Range<usize>, outline: &Outline) {
         let rotary = |layer: usize| model.spec.layers[layer].rope.map(|r| &model.rotaries[r]);
-        self.kv.forget(&self.cpu, slot, range, rotary);
+        self.kv.forget(&self.cpu, slot, range, outline, rotary);
     }
 
     /// A matrix of `[rows, width]` to be written to: what it holds is arbitrary.
@@ -198,13 +200,15 @@ impl Backend for CpuBackend {
         self.angles.resize_with(model.rotaries.len(), Angles::default);
         for (angles, rotary) in self.angles.iter_mut().zip(&model.rotaries) {
             let half = rotary.dim() / 2;
-            (angles.dim, angles.layout) = (rotary.dim(), Some(rotary.layout));
+            (angles.first, angles.dim, angles.layout) = (rotary.first, rotary.dim(), Some(rotary.layout));
             angles.cos.resize(batch.ids.len() * half, 0.0);
             angles.sin.resize(batch.ids.len() * half, 0.0);
-            let rows = angles.cos.chunks_exact_mut(half).zip(angles.sin.chunks_exact_mut(half));
-            let positions = batch.sequences.iter().flat_map(|s| s.start..s.start + s.len);
-            for ((cos, sin), position) in rows.zip(positions) {
-                rotary.angles(position, cos, sin);
+            let mut rows = angles.cos.chunks_exact_mut(half).zip(angles.sin.chunks_exact_mut(half));
+            for s in batch.sequences {
+                let turning = rotary.at(&s.outline);
+                for (position, (cos, sin)) in s.positions().zip(&mut rows) {
+                    turning.angles(position, cos, sin);
+                }
             }
         }
         Ok(())
@@ -261,41 +265,58 @@ impl Backend for CpuBackend {
         let angles = &self.angles[rope];
         let width = x.width;
         if let Some(layout) = angles.layout {
-            self.cpu.rope(&mut x, width, head_dim, &angles.cos, &angles.sin, angles.dim, layout);
+            let (cos, sin) = (&angles.cos, &angles.sin);
+            self.cpu.rope(&mut x, width, head_dim, cos, sin, angles.first, angles.dim, layout);
         }
         Ok(x)
     }
 
     fn attention(
         &mut self,
-        spec: &AttentionSpec,
-        q: Activations,
+        spec: &AttentionSpec<'_>,
+        mut q: Activations,
         k: Activations,
         v: Activations,
     ) -> Result<Activations> {
         let mut row = 0;
         for s in &self.sequences {
-            let rows = row * k.width..(row + s.len) * k.width;
-            self.kv.store(&self.cpu, s.slot, spec.layer, s.start, &k[rows.clone()], &v[rows]);
+            let of = |x: &Activations| row * x.width..(row + s.len) * x.width;
+            self.kv.store(&self.cpu, s.slot, spec.layer, s.start, &k[of(&k)], &v[of(&v)]);
             row += s.len;
         }
-        let mut out = self.new_tensor(q.rows(), q.width);
+        if let Some(n) = spec.logn {
+            let width = q.width;
+            let positions = self.sequences.iter().flat_map(Sequence::positions);
+            for (row, position) in q.chunks_exact_mut(width).zip(positions) {
+                if position + 1 > n {
+                    let by = ((position + 1) as f64).ln() / (n as f64).ln();
+                    row.iter_mut().for_each(|x| *x *= by as f32);
+                }
+            }
+        }
+        let mut out = self.new_tensor(q.rows(), spec.heads * spec.value_dim);
         let attention = Attention {
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.value_dim,
             scale: spec.scale,
             softcap: spec.softcap,
             window: spec.window,
-            slopes: None,
-            sinks: None,
+            slopes: spec.alibi.map(|alibi| &alibi.slopes[..]),
+            rounded_slopes: spec.alibi.and_then(|alibi| alibi.rounded),
+            sinks: spec.sinks.map(|sinks| &sinks.values[..]),
         };
         let mut row = 0;
         let mut next = |s: &Sequence| {
             let (keys, values) = self.kv.view(s.slot, spec.layer);
             let rows = row..row + s.len;
             row = rows.end;
-            AttentionSequence { rows, start: s.start, keys, values, capacity: self.kv.shape().capacity }
+            let context = match s.outline.context {
+                0 => 0,
+                n => s.outline.before + n,
+            };
+            AttentionSequence { rows, start: s.start, keys, values, capacity: self.kv.shape().capacity, context }
         };
         match &self.sequences[..] {
             // The usual case needs no list.
@@ -306,6 +327,79 @@ impl Backend for CpuBackend {
             }
         }
         Ok(out)
+    }
+
+    fn latent(
+        &mut self,
+        kv: Activations,
+        rotated: Activations,
+        heads: usize,
+        value_dim: usize,
+    ) -> Result<(Activations, Activations)> {
+        let (n, size) = (kv.rows(), kv.width / heads);
+        let (own, shared) = (size - value_dim, rotated.width);
+        let mut k = self.new_tensor(n, heads * (own + shared));
+        let mut v = self.new_tensor(n, heads * value_dim);
+        let heads_of = k.chunks_exact_mut(own + shared).zip(v.chunks_exact_mut(value_dim)).zip(kv.chunks_exact(size));
+        for (i, ((k, v), kv)) in heads_of.enumerate() {
+            k[..own].copy_from_slice(&kv[..own]);
+            k[own..].copy_from_slice(rotated.row(i / heads));
+            v.copy_from_slice(&kv[own..]);
+        }
+        Ok((k, v))
+    }
+
+    /// Rows are gathered by expert, so that each expert's weights are read once for all of its rows; a row's shares are
+    /// added in the order of the experts, whatever rows are beside it.
+    fn experts(
+        &mut self,
+        x: &Activations,
+        scores: Activations,
+        spec: &Experts,
+        weights: &ExpertWeights,
+    ) -> Result<Activations> {
+        let bias = weights.choice_bias.as_ref().map(|b| &b.values[..]);
+        let mut rows_of: Vec<Vec<(usize, f32)>> = vec![Vec::new(); spec.count];
+        for row in 0..x.rows() {
+            for (expert, weight) in routing::choose(spec, scores.row(row), bias) {
+                rows_of[expert].push((row, weight));
+            }
+        }
+        let mut out = self.new_tensor(x.rows(), x.width);
+        out.fill(0.0);
+        for (rows, expert) in rows_of.iter().zip(&weights.experts) {
+            if rows.is_empty() {
+                continue;
+            }
+            let mut mine = self.new_tensor(rows.len(), x.width);
+            for ((row, _), mine) in rows.iter().zip(mine.chunks_exact_mut(x.width)) {
+                mine.copy_from_slice(x.row(*row));
+            }
+            let y = match &expert.gate {
+                Some(gate) => {
+                    let [gate, up] = self.linears(&mine, [gate, &expert.up])?;
+                    self.gate(spec.mlp.activation, gate, up)?
+                }
+                None => {
+                    let [up] = self.linears(&mine, [&expert.up])?;
+                    self.activate(spec.mlp.activation, up)?
+                }
+            };
+            let [y] = self.linears(&y, [&expert.down])?;
+            for (&(row, weight), y) in rows.iter().zip(y.chunks_exact(x.width)) {
+                self.cpu.add_scaled(&mut out[row * x.width..][..x.width], weight, y);
+            }
+        }
+        Ok(out)
+    }
+
+    fn gate_rows(&mut self, mut x: Activations, by: Activations) -> Result<Activations> {
+        let width = x.width;
+        for (row, by) in x.chunks_exact_mut(width).zip(by.iter()) {
+            let by = 1.0 / (1.0 + (-by).exp());
+            row.iter_mut().for_each(|x| *x *= by);
+        }
+        Ok(x)
     }
 
     fn gate(&mut self, act: Activation, mut gate: Activations, up: Activations) -> Result<Activations> {
@@ -325,6 +419,11 @@ impl Backend for CpuBackend {
 
     fn scale(&mut self, mut x: Activations, by: f32) -> Result<Activations> {
         self.cpu.scale(&mut x, by);
+        Ok(x)
+    }
+
+    fn clamp(&mut self, mut x: Activations, limit: f32) -> Result<Activations> {
+        self.cpu.clamp(&mut x, limit);
         Ok(x)
     }
 

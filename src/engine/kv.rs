@@ -2,11 +2,12 @@
 
 use anyhow::{Result, bail};
 use rushlight_models::rope::Rotary;
+use rushlight_models::spec::Outline;
 use rushlight_quant::Cpu;
 use rushlight_quant::ops::Kv;
 use std::ops::Range;
 
-/// Numbers of one layer, `[kv_heads, capacity, head_dim]`, on a 64-byte boundary. Allocated as zero pages, which the
+/// Keys or values of one layer, `[kv_heads, capacity, width]`, on a 64-byte boundary. Allocated as zero pages, which the
 /// system hands out as they are first written: an unused context costs no memory.
 enum Cells {
     F32(Vec<f32>, usize),
@@ -67,8 +68,10 @@ pub struct KvShape {
     pub layers: usize,
     /// Key and value heads of a layer.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head of keys.
     pub head_dim: usize,
+    /// Width of a head of values.
+    pub value_dim: usize,
     /// Positions of a sequence.
     pub capacity: usize,
     /// f16 instead of f32.
@@ -78,7 +81,7 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes that one position of one sequence takes.
     pub fn bytes_per_token(&self) -> u64 {
-        let values = 2 * self.layers as u64 * self.kv_heads as u64 * self.head_dim as u64;
+        let values = self.layers as u64 * self.kv_heads as u64 * (self.head_dim as u64 + self.value_dim as u64);
         values * if self.half { 2 } else { 4 }
     }
 
@@ -112,8 +115,9 @@ impl KvCache {
                 bytes.map_or("far too much".into(), |b| format!("{:.1} GB", b as f64 / 1e9))
             );
         }
-        let len = shape.kv_heads * shape.capacity * shape.head_dim;
-        let new = || (Cells::new(shape.half, len), Cells::new(shape.half, len));
+        let rows = shape.kv_heads * shape.capacity;
+        let cells = |width: usize| Cells::new(shape.half, rows * width);
+        let new = || (cells(shape.head_dim), cells(shape.value_dim));
         let cells = (0..shape.slots * shape.layers).map(|_| new()).collect();
         Ok(KvCache { shape, cells, lens: vec![0; shape.slots] })
     }
@@ -133,24 +137,24 @@ impl KvCache {
         self.lens[slot] = len.min(self.shape.capacity);
     }
 
-    /// Writes the keys and values of `rows` positions from `start` on; both `[rows, kv_heads * head_dim]`.
+    /// Writes the keys and values of `rows` positions from `start` on, `[rows, kv_heads * width of a head]`.
     pub fn store(&mut self, cpu: &Cpu, slot: usize, layer: usize, start: usize, keys: &[f32], values: &[f32]) {
-        let KvShape { kv_heads, head_dim, capacity, layers, .. } = self.shape;
+        let KvShape { kv_heads, head_dim, value_dim, capacity, layers, .. } = self.shape;
         let (key_cells, value_cells) = &mut self.cells[slot * layers + layer];
-        for (cells, source) in [(key_cells, keys), (value_cells, values)] {
-            for (row, source) in source.chunks_exact(kv_heads * head_dim).enumerate() {
-                for (head, source) in source.chunks_exact(head_dim).enumerate() {
-                    cells.write(cpu, (head * capacity + start + row) * head_dim, source);
+        for (cells, source, width) in [(key_cells, keys, head_dim), (value_cells, values, value_dim)] {
+            for (row, source) in source.chunks_exact(kv_heads * width).enumerate() {
+                for (head, source) in source.chunks_exact(width).enumerate() {
+                    cells.write(cpu, (head * capacity + start + row) * width, source);
                 }
             }
         }
     }
 
-    /// Keys and values of a layer, `[kv_heads, capacity, head_dim]`.
+    /// Keys and values of a layer, `[kv_heads, capacity, width of a head]`.
     pub fn view(&self, slot: usize, layer: usize) -> (Kv<'_>, Kv<'_>) {
-        let len = self.shape.kv_heads * self.shape.capacity * self.shape.head_dim;
+        let rows = self.shape.kv_heads * self.shape.capacity;
         let (keys, values) = &self.cells[slot * self.shape.layers + layer];
-        (keys.view(len), values.view(len))
+        (keys.view(rows * self.shape.head_dim), values.view(rows * self.shape.value_dim))
     }
 
     /// Drops the positions `range` of `slot` and moves what follows down. Keys carry their position as a rotation, so
@@ -160,10 +164,11 @@ impl KvCache {
         cpu: &Cpu,
         slot: usize,
         range: Range<usize>,
+        outline: &Outline,
         rotary: impl Fn(usize) -> Option<&'r Rotary>,
     ) {
         const ROWS: usize = 256;
-        let KvShape { kv_heads, head_dim, capacity, layers, .. } = self.shape;
+        let KvShape { kv_heads, head_dim, value_dim, capacity, layers, .. } = self.shape;
         let (gap, moved) = (range.len(), self.lens[slot] - range.end);
         let mut rows = vec![0.0; ROWS * head_dim];
         for layer in 0..layers {
@@ -171,12 +176,13 @@ impl KvCache {
             let angles = rotary(layer).map(|rotary| {
                 let half = rotary.dim() / 2;
                 let (mut cos, mut sin) = (vec![0.0; half], vec![0.0; half]);
-                rotary.shift(-(gap as isize), &mut cos, &mut sin);
+                rotary.shift(-(gap as isize), outline, &mut cos, &mut sin);
                 (rotary, cos.repeat(ROWS), sin.repeat(ROWS))
             });
             for head in 0..kv_heads {
+                let value_at = |position: usize| (head * capacity + position) * value_dim;
+                values.copy_within(value_at(range.end)..value_at(range.end + moved), value_at(range.start));
                 let at = |position: usize| (head * capacity + position) * head_dim;
-                values.copy_within(at(range.end)..at(range.end + moved), at(range.start));
                 keys.copy_within(at(range.end)..at(range.end + moved), at(range.start));
                 let Some((rotary, cos, sin)) = &angles else { continue };
                 for start in (0..moved).step_by(ROWS) {
@@ -184,7 +190,8 @@ impl KvCache {
                     let rows = &mut rows[..n * head_dim];
                     keys.read(cpu, at(range.start + start), rows);
                     let angles = n * rotary.dim() / 2;
-                    cpu.rope(rows, head_dim, head_dim, &cos[..angles], &sin[..angles], rotary.dim(), rotary.layout);
+                    let (cos, sin) = (&cos[..angles], &sin[..angles]);
+                    cpu.rope(rows, head_dim, head_dim, cos, sin, rotary.first, rotary.dim(), rotary.layout);
                     keys.write(cpu, at(range.start + start), rows);
                 }
             }

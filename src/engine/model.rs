@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow, bail};
 use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::model::Model;
-use rushlight_models::spec::ModelSpec;
+use rushlight_models::spec::{ModelSpec, Outline};
 use rushlight_models::{adapter, decoder};
 use rushlight_quant::{Cpu, Isa, Phase, PromptRounding, physical_cores};
 use std::ops::Range;
@@ -52,6 +52,15 @@ pub struct Engine {
     backend: CpuBackend,
     context: usize,
     logits: Option<Activations>,
+    /// What each slot holds.
+    held: Vec<Held>,
+}
+
+/// The tokens of a slot, and the outline that they were computed with.
+#[derive(Clone, Default)]
+struct Held {
+    ids: Vec<u32>,
+    outline: Outline,
 }
 
 impl Engine {
@@ -77,6 +86,11 @@ impl Engine {
         if context == 0 {
             bail!("a context of 0 tokens holds nothing; leave --ctx out or ask for more");
         }
+        if let Some(most) = spec.learned_positions.filter(|&most| context > most) {
+            bail!(
+                "a context of {context} tokens is longer than the {most} positions that the model has; ask for less with --ctx"
+            );
+        }
         if context > spec.context_length {
             tracing::warn!(
                 "a context of {context} tokens is longer than the {} the model was trained for; answers may degrade",
@@ -88,6 +102,7 @@ impl Engine {
             layers: spec.layers.len(),
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
+            value_dim: spec.value_dim,
             capacity: context.saturating_add(model.prefix.as_ref().map_or(0, |p| p.len)),
             half: !model.is_float(),
         };
@@ -97,7 +112,8 @@ impl Engine {
         let cpu = Cpu::new(threads, isa).with_prompt_rounding(options.prompt_rounding);
         let mut backend = CpuBackend::new(cpu, kv);
         backend.put_prefix(&model);
-        Ok(Engine { checkpoint, model, backend, context, logits: None })
+        let held = vec![Held::default(); options.slots.max(1)];
+        Ok(Engine { checkpoint, model, backend, context, logits: None, held })
     }
 
     /// Logits per position.
@@ -180,8 +196,10 @@ impl Engine {
     /// chunk how many of them are done; when it says no, the logits are those of the last one done.
     pub fn prompt(&mut self, slot: usize, ids: &[u32], progress: &mut dyn FnMut(usize) -> bool) -> Result<&[f32]> {
         self.check_prompt(slot, ids)?;
+        self.prepare(slot, ids)?;
         let mut done = 0;
-        for chunk in ids.chunks(CHUNK) {
+        while done < ids.len() {
+            let chunk = &ids[done..][..self.chunk(slot, ids.len() - done)];
             let hidden = self.forward(slot, chunk)?;
             done += chunk.len();
             if done == ids.len() || !progress(done) {
@@ -202,8 +220,12 @@ impl Engine {
         self.check_prompt(slot, ids)?;
         // A large vocabulary's logits are made for fewer rows at a time: 64 MB of them at most.
         let rows = ((16 << 20) / self.vocab_size()).clamp(1, CHUNK);
-        for chunk in ids.chunks(CHUNK) {
+        self.prepare(slot, ids)?;
+        let mut done = 0;
+        while done < ids.len() {
             let start = self.len(slot);
+            let chunk = &ids[done..][..self.chunk(slot, ids.len() - done)];
+            done += chunk.len();
             let hidden = self.forward(slot, chunk)?;
             let all: Vec<usize> = (0..chunk.len()).collect();
             for part in all.chunks(rows) {
@@ -230,7 +252,15 @@ impl Engine {
                 bail!("the context of {} tokens is full", self.context);
             }
             ids.push(id);
-            sequences.push(Sequence { slot, start: self.backend.kv.len(slot), len: 1 });
+        }
+        for &(slot, id) in next {
+            self.prepare_step(slot, id)?;
+            sequences.push(Sequence {
+                slot,
+                start: self.backend.kv.len(slot),
+                len: 1,
+                outline: self.held[slot].outline,
+            });
         }
         if ids.is_empty() {
             bail!("a step needs at least one token");
@@ -238,8 +268,9 @@ impl Engine {
         let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Generate };
         let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
         self.head(&hidden)?;
-        for s in &sequences {
+        for (s, id) in sequences.iter().zip(&ids) {
             self.backend.kv.set_len(s.slot, s.start + 1);
+            self.held[s.slot].ids.push(*id);
         }
         self.last_logits()
     }
@@ -248,18 +279,28 @@ impl Engine {
     pub fn truncate(&mut self, slot: usize, len: usize) {
         if len < self.len(slot) {
             self.backend.kv.set_len(slot, self.prefix() + len);
+            self.held[slot].ids.truncate(len);
         }
     }
 
-    /// Drops the positions `range` of `slot` and moves those behind it down, without computing them again.
+    /// Drops the positions `range` of `slot` and moves those behind it down; without computing them again, unless the
+    /// model's positions are of a kind that cannot be changed afterwards.
     pub fn forget(&mut self, slot: usize, range: Range<usize>) -> Result<()> {
         if range.start > range.end || range.end > self.len(slot) {
             bail!("positions {}..{} are not among the {} that are held", range.start, range.end, self.len(slot));
         }
-        if !range.is_empty() {
-            let prefix = self.prefix();
-            self.backend.forget(&self.model, slot, prefix + range.start..prefix + range.end);
+        if range.is_empty() {
+            return Ok(());
         }
+        self.held[slot].ids.drain(range.clone());
+        if !self.model.spec.shiftable() {
+            let ids = self.held[slot].ids.split_off(range.start);
+            self.backend.kv.set_len(slot, self.prefix() + range.start);
+            self.prepare(slot, &ids)?;
+            return self.run(slot, &ids);
+        }
+        let (prefix, outline) = (self.prefix(), self.held[slot].outline);
+        self.backend.forget(&self.model, slot, prefix + range.start..prefix + range.end, &outline);
         Ok(())
     }
 
@@ -279,6 +320,58 @@ impl Engine {
             }
         }
         self.backend.put_prefix(&self.model);
+        self.held.fill(Held::default());
+        Ok(())
+    }
+
+    /// Gives `slot` the outline of what it holds with `ids` behind it. Where that changes what rows already there have
+    /// to know of the sequence, they are computed again.
+    fn prepare(&mut self, slot: usize, ids: &[u32]) -> Result<()> {
+        let held = &mut self.held[slot];
+        let before = held.ids.len();
+        held.ids.extend_from_slice(ids);
+        let outline = self.model.outline(&held.ids);
+        held.ids.truncate(before);
+        if outline != std::mem::replace(&mut held.outline, outline) && before > 0 {
+            let ids = std::mem::take(&mut held.ids);
+            self.backend.kv.set_len(slot, self.prefix());
+            self.run(slot, &ids)?;
+        }
+        Ok(())
+    }
+
+    /// The same for one generated token, which does not change the base of rotary embeddings that grows step by step.
+    fn prepare_step(&mut self, slot: usize, id: u32) -> Result<()> {
+        let (spec, held) = (&self.model.spec, &mut self.held[slot]);
+        held.ids.push(id);
+        let outline = self.model.outline(&held.ids);
+        held.ids.pop();
+        let restarts = spec.ropes.iter().any(|rope| rope.scaling.restarts());
+        let same = Outline { length: if restarts { outline.length } else { held.outline.length }, ..outline };
+        if held.ids.is_empty() {
+            held.outline = outline;
+        } else if held.outline != same {
+            return self.prepare(slot, &[id]);
+        }
+        Ok(())
+    }
+
+    /// How many of the `left` rows of a prompt go through the model together. A context that is seen whole stays in one
+    /// piece.
+    fn chunk(&self, slot: usize, left: usize) -> usize {
+        let held = &self.held[slot];
+        let whole = held.outline.context.saturating_sub(held.ids.len());
+        left.min(CHUNK.max(whole))
+    }
+
+    /// Runs `ids` through the layers, chunk by chunk, for their keys and values alone.
+    fn run(&mut self, slot: usize, ids: &[u32]) -> Result<()> {
+        let mut done = 0;
+        while done < ids.len() {
+            let chunk = &ids[done..][..self.chunk(slot, ids.len() - done)];
+            self.forward(slot, chunk)?;
+            done += chunk.len();
+        }
         Ok(())
     }
 
@@ -312,10 +405,12 @@ impl Engine {
 
     /// Runs one sequence's rows through the layers.
     fn forward(&mut self, slot: usize, ids: &[u32]) -> Result<Activations> {
-        let sequence = Sequence { slot, start: self.backend.kv.len(slot), len: ids.len() };
+        let outline = self.held[slot].outline;
+        let sequence = Sequence { slot, start: self.backend.kv.len(slot), len: ids.len(), outline };
         let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
         let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
         self.backend.kv.set_len(slot, sequence.start + ids.len());
+        self.held[slot].ids.extend_from_slice(ids);
         Ok(hidden)
     }
 

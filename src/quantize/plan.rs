@@ -109,7 +109,7 @@ impl Plan {
             let format = format.unwrap_or(left);
             let order = match &source.source {
                 Source::Tensor { name, .. } => checkpoint.column_order(name),
-                Source::Data(_) => None,
+                Source::Parts { .. } | Source::Data(_) => None,
             };
             tensors.push(Planned { source, format, instead_of, importance: None, order });
         }

@@ -1,4 +1,6 @@
 //! Reference data and the comparison with it.
+// Each test takes what it needs.
+#![allow(dead_code)]
 
 use rushlight::engine::{Engine, Options};
 use serde_json::Value as Json;
@@ -79,5 +81,60 @@ pub fn check_golden(engine: &mut Engine, golden: &Path, label: &str) {
             last = engine.step(&[(0, best(&last))]).unwrap().to_vec();
         }
         assert_eq!(told, greedy, "{label} case {i}");
+    }
+}
+
+/// The reference's own arithmetic grows with the logits; so does what may be between it and ours.
+fn room(case: &Json) -> f32 {
+    let all = case["logits"].as_object().unwrap().values().flat_map(numbers);
+    3e-4 * (all.fold(0.0, |most: f32, x| most.max(x.abs())) / 10.0).max(1.0)
+}
+
+/// Which rows the reference's numbers hold for when tokens come one by one.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Steps {
+    /// All of them.
+    All,
+    /// The last alone: what rows see, or how far they are turned, is another matter while the rest is not there.
+    Last,
+    /// None: what is in the cache stays as it was computed.
+    None,
+}
+
+/// The cases of `golden`: the prompt token by token and at once, then the greedy continuation.
+pub fn check(engine: &mut Engine, golden: &Path, steps: Steps) {
+    let label = golden.display();
+    for (i, case) in json(golden)["cases"].as_array().unwrap().iter().enumerate() {
+        let (prompt, want, room) = (ids(&case["input_ids"]), case["logits"].as_object().unwrap(), room(case));
+        let compare = |how: &str, position: usize, logits: &[f32]| {
+            let Some(want) = want.get(&position.to_string()) else { return };
+            let d = distance(logits, &numbers(want));
+            assert!(d < room, "{label} case {i} {how} position {position}: off by {d}");
+        };
+        engine.truncate(0, 0);
+        for (position, &id) in prompt.iter().enumerate() {
+            let logits = engine.step(&[(0, id)]).unwrap();
+            if steps == Steps::All || steps == Steps::Last && position + 1 == prompt.len() {
+                compare("step", position, logits);
+            }
+        }
+        engine.truncate(0, 0);
+        let mut last = Vec::new();
+        let mut seen = 0;
+        engine
+            .prompt_all(0, &prompt, &mut |position, logits| {
+                compare("prompt", position, logits);
+                last = logits.to_vec();
+                seen += 1;
+            })
+            .unwrap();
+        assert!(seen == prompt.len() && want.keys().all(|p| p.parse::<usize>().unwrap() < seen));
+        // What a model with a cache says, where the reference has one that says otherwise.
+        let greedy = case.get("greedy_continuation_cached").unwrap_or(&case["greedy_continuation"]);
+        let margins = numbers(&case["greedy_margins"]);
+        for (k, want) in ids(greedy).into_iter().enumerate() {
+            assert!(best(&last) == want || margins[k] < 5e-3, "{label} case {i}: greedy token {k} is not {want}");
+            last = engine.step(&[(0, want)]).unwrap().to_vec();
+        }
     }
 }

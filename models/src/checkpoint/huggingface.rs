@@ -1,6 +1,7 @@
-//! Hugging Face model directories: `config.json` and safetensors, whole or in shards with an index.
+//! Hugging Face model directories: `config.json` and safetensors, or else PyTorch's own files, whole or in shards with an
+//! index.
 
-use super::{Checkpoint, Kind, index_by_name, prequantized, safetensors};
+use super::{Checkpoint, Kind, RawTensor, Tensor, index_by_name, prequantized, pytorch, safetensors};
 use crate::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
@@ -28,60 +29,73 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let generation_config = if generation_path.exists() { Some(read_config(&generation_path)?) } else { None };
 
     let quantization = prequantized::describe(dir, &config)?;
-
-    let mut files = Vec::new();
-    let (single, index_path) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
-    if single.exists() {
-        let file = safetensors::open(&single)?;
-        files.push((file.tensors, file.raw));
-    } else if index_path.exists() {
-        let index = parse_index(&read(&index_path, MAX_INDEX_FILE)?, &index_path)?;
-        let mut seen = vec![false; index.tensors.len()];
-        for (number, shard) in index.shards.iter().enumerate() {
-            let path = dir.join(shard);
-            if !path.exists() {
-                let total = index.shards.len();
-                return Err(Error::file(
-                    dir,
-                    format!("{shard}, one of {total} shards in model.safetensors.index.json, is missing: download it"),
-                ));
-            }
-            let file = safetensors::open(&path)?;
-            let names = file.tensors.iter().map(|t| &t.info.name).chain(file.raw.iter().map(|t| &t.name));
-            for name in names {
-                let at = index.tensors.binary_search_by(|(n, _)| n.cmp(name)).ok();
-                let placed = at.filter(|&i| index.tensors[i].1 as usize == number);
-                let Some(i) = placed else {
-                    let claim = match at {
-                        Some(i) => format!("places it in {}", index.shards[index.tensors[i].1 as usize]),
-                        None => "does not have it".to_owned(),
-                    };
-                    return Err(Error::file(
-                        path,
-                        format!("holds tensor '{name}', but model.safetensors.index.json {claim}: download both again"),
-                    ));
-                };
-                seen[i] = true;
-            }
-            files.push((file.tensors, file.raw));
+    let safetensors = |path: &Path| safetensors::open(path).map(|file| (file.tensors, file.raw));
+    let pytorch = |path: &Path| pytorch::open(path).map(|file| (file.tensors, file.raw));
+    let files = match read_files(dir, "model.safetensors", &safetensors)? {
+        Some(files) => files,
+        None => {
+            read_files(dir, "pytorch_model.bin", &pytorch)?.ok_or_else(|| Error::file(dir, without_weights(dir)))?
         }
-        if let Some(i) = seen.iter().position(|seen| !seen) {
-            let (name, shard) = &index.tensors[i];
-            return Err(Error::file(
-                dir.join(&index.shards[*shard as usize]),
-                format!(
-                    "tensor '{name}', which model.safetensors.index.json places here, is missing: download it again"
-                ),
-            ));
-        }
-    } else {
-        return Err(Error::file(dir, without_weights(dir)));
-    }
+    };
     let checkpoint = Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)?;
     match quantization {
         Some(method) => prequantized::resolve(checkpoint, &method),
         None => Ok(checkpoint),
     }
+}
+
+/// The tensors of one file.
+type Contents = (Vec<Tensor>, Vec<RawTensor>);
+
+/// What the file `name` holds, or the shards that its index lists; `None` where neither is there.
+fn read_files(dir: &Path, name: &str, open: &dyn Fn(&Path) -> Result<Contents>) -> Result<Option<Vec<Contents>>> {
+    let (single, index_name) = (dir.join(name), format!("{name}.index.json"));
+    let index_path = dir.join(&index_name);
+    if single.exists() {
+        return Ok(Some(vec![open(&single)?]));
+    }
+    if !index_path.exists() {
+        return Ok(None);
+    }
+    let mut files = Vec::new();
+    let index = parse_index(&read(&index_path, MAX_INDEX_FILE)?, &index_path)?;
+    let mut seen = vec![false; index.tensors.len()];
+    for (number, shard) in index.shards.iter().enumerate() {
+        let path = dir.join(shard);
+        if !path.exists() {
+            let total = index.shards.len();
+            return Err(Error::file(
+                dir,
+                format!("{shard}, one of {total} shards in {index_name}, is missing: download it"),
+            ));
+        }
+        let (tensors, raw) = open(&path)?;
+        let names = tensors.iter().map(|t| &t.info.name).chain(raw.iter().map(|t| &t.name));
+        for name in names {
+            let at = index.tensors.binary_search_by(|(n, _)| n.cmp(name)).ok();
+            let placed = at.filter(|&i| index.tensors[i].1 as usize == number);
+            let Some(i) = placed else {
+                let claim = match at {
+                    Some(i) => format!("places it in {}", index.shards[index.tensors[i].1 as usize]),
+                    None => "does not have it".to_owned(),
+                };
+                return Err(Error::file(
+                    path,
+                    format!("holds tensor '{name}', but {index_name} {claim}: download both again"),
+                ));
+            };
+            seen[i] = true;
+        }
+        files.push((tensors, raw));
+    }
+    if let Some(i) = seen.iter().position(|seen| !seen) {
+        let (name, shard) = &index.tensors[i];
+        return Err(Error::file(
+            dir.join(&index.shards[*shard as usize]),
+            format!("tensor '{name}', which {index_name} places here, is missing: download it again"),
+        ));
+    }
+    Ok(Some(files))
 }
 
 /// Reads a JSON object such as `config.json`.
@@ -141,13 +155,8 @@ fn without_config(dir: &Path) -> String {
 fn without_weights(dir: &Path) -> String {
     let names = file_names(dir);
     let has = |start: &str, end: &str| names.iter().any(|n| n.starts_with(start) && n.ends_with(end));
-    if has("pytorch_model", ".bin") || has("pytorch_model", ".bin.index.json") {
-        let dir = dir.display();
-        return format!(
-            "the weights are in PyTorch's format (pytorch_model.bin), which runs code when read; convert them: \
-             python -c \"from transformers import AutoModelForCausalLM as M; \
-             M.from_pretrained('{dir}').save_pretrained('{dir}', safe_serialization=True)\""
-        );
+    if has("pytorch_model-", ".bin") {
+        return "pytorch_model.bin.index.json is missing: download it beside the shards".into();
     }
     if has("model-", ".safetensors") {
         return "model.safetensors.index.json is missing: download it beside the shards".into();

@@ -14,6 +14,7 @@ pub mod imatrix;
 mod map;
 mod metadata;
 mod prequantized;
+pub mod pytorch;
 pub mod safetensors;
 mod stream;
 

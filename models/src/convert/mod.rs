@@ -49,6 +49,13 @@ pub enum Source {
         /// Added to each element of a vector: 1 for norms that are stored as `weight - 1`.
         offset: f32,
     },
+    /// Weights of the model as it was loaded, one behind the other: what one form packs and the other does not.
+    Parts {
+        /// Their packed rows.
+        parts: Vec<Bytes>,
+        /// Row `i` is row `rows[i]`. `None`: as they stand.
+        rows: Option<Vec<u32>>,
+    },
     /// Computed here.
     Data(Bytes),
 }
@@ -64,6 +71,13 @@ impl Converted {
     pub fn data(&self, checkpoint: &Checkpoint) -> Result<Bytes> {
         let (name, rows, offset) = match &self.source {
             Source::Data(data) => return Ok(data.clone()),
+            Source::Parts { parts, rows } => {
+                let data = match &parts[..] {
+                    [whole] => whole.clone(),
+                    parts => Bytes::new(parts.iter().flat_map(|part| part.iter().copied()).collect::<Vec<u8>>()),
+                };
+                return Ok(in_order(data, self.shape.first().copied().unwrap_or(1), rows.as_deref()));
+            }
             Source::Tensor { name, rows, offset } => (name, rows, *offset),
         };
         let Tensor { info, data } = checkpoint.tensor(name)?;
@@ -75,14 +89,19 @@ impl Converted {
             })?;
             Bytes::new(values.iter().flat_map(|v| (v + offset).to_le_bytes()).collect::<Vec<u8>>())
         };
-        let Some(rows) = rows else { return Ok(data) };
-        let row_bytes = data.len() / info.shape.first().copied().unwrap_or(1);
-        let mut out = Vec::with_capacity(rows.len() * row_bytes);
-        for &row in rows {
-            out.extend_from_slice(&data[row as usize * row_bytes..][..row_bytes]);
-        }
-        Ok(Bytes::new(out))
+        Ok(in_order(data, info.shape.first().copied().unwrap_or(1), rows.as_deref()))
     }
+}
+
+/// `data`, which has `count` rows, with row `i` being row `rows[i]`.
+fn in_order(data: Bytes, count: usize, rows: Option<&[u32]>) -> Bytes {
+    let Some(rows) = rows else { return data };
+    let row_bytes = data.len() / count.max(1);
+    let mut out = Vec::with_capacity(rows.len() * row_bytes);
+    for &row in rows {
+        out.extend_from_slice(&data[row as usize * row_bytes..][..row_bytes]);
+    }
+    Bytes::new(out)
 }
 
 /// What a GGUF file of `checkpoint` holds. A GGUF file gives what it has itself (a split set as one); a Hugging Face

@@ -10,6 +10,103 @@ use std::path::Path;
 /// Most layers of any model that is believed; the largest published ones have under 200.
 pub(super) const MOST_LAYERS: usize = 4096;
 
+/// What a family's configuration calls the usual fields.
+pub struct Fields {
+    /// Width of the residual stream.
+    pub hidden: &'static str,
+    /// Query heads.
+    pub heads: &'static str,
+    /// Key heads; as many as query heads where the configuration does not say.
+    pub kv_heads: &'static str,
+    /// Width of a head; hidden over heads where the configuration does not say.
+    pub head_dim: &'static str,
+    /// Number of layers.
+    pub layers: &'static str,
+    /// Positions.
+    pub context: &'static str,
+    /// Tokens.
+    pub vocab: &'static str,
+    /// The nonlinearity of the MLP.
+    pub activation: &'static str,
+    /// Rows of up.
+    pub width: &'static str,
+    /// The norms' epsilon.
+    pub eps: &'static str,
+    /// Base of the rotary frequencies.
+    pub rope_theta: &'static str,
+    /// Whether the head is tied where the configuration does not say.
+    pub tied: bool,
+    /// What norms there are.
+    pub norm: NormKind,
+    /// Which values rotary embeddings pair.
+    pub layout: RopeLayout,
+    /// How much of a head is rotated where the configuration does not say.
+    pub rotated: f32,
+    /// Whether the MLP has a gate.
+    pub gated: bool,
+    /// What stands for `context`, `activation`, `eps` and `width` (in multiples of the stream's) where the configuration
+    /// does not say.
+    pub or: Defaults,
+}
+
+/// What a family takes for a field that its configurations may leave out.
+#[derive(Clone, Copy)]
+pub struct Defaults {
+    /// Positions.
+    pub context: Option<usize>,
+    /// The nonlinearity of the MLP.
+    pub activation: Option<Activation>,
+    /// The norms' epsilon.
+    pub eps: Option<f32>,
+    /// Rows of up for each value of the stream.
+    pub widths: Option<usize>,
+}
+
+/// Nothing may be left out.
+pub const ALL: Defaults = Defaults { context: None, activation: None, eps: None, widths: None };
+
+/// The fields of llama's configuration, which most later families kept.
+pub const FIELDS: Fields = Fields {
+    hidden: "hidden_size",
+    heads: "num_attention_heads",
+    kv_heads: "num_key_value_heads",
+    head_dim: "head_dim",
+    layers: "num_hidden_layers",
+    context: "max_position_embeddings",
+    vocab: "vocab_size",
+    activation: "hidden_act",
+    width: "intermediate_size",
+    eps: "rms_norm_eps",
+    rope_theta: "rope_theta",
+    tied: false,
+    norm: NormKind::Rms,
+    layout: RopeLayout::Half,
+    rotated: 1.0,
+    gated: true,
+    or: ALL,
+};
+
+/// The fields of GPT-2's, and its norms and MLP.
+pub const GPT_FIELDS: Fields = Fields {
+    hidden: "n_embd",
+    heads: "n_head",
+    kv_heads: "",
+    head_dim: "",
+    layers: "n_layer",
+    context: "n_positions",
+    activation: "activation_function",
+    width: "n_inner",
+    eps: "layer_norm_epsilon",
+    tied: true,
+    norm: LAYER_NORM,
+    gated: false,
+    or: Defaults { widths: Some(4), ..ALL },
+    ..FIELDS
+};
+
+/// A layer norm with weight and bias.
+pub const LAYER_NORM: NormKind = NormKind::Layer { weight: true, bias: true };
+
 /// The fields of config.json.
 pub struct Config<'a> {
     fields: &'a Value,
@@ -27,9 +124,9 @@ impl<'a> Config<'a> {
         Error::file(self.path, what.to_string())
     }
 
-    /// The field `name`; `None` where it is absent or null.
+    /// The field `name`, or the first that is there of `name|other`; `None` where it is absent or null.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
-        self.fields.get(name).filter(|v| !v.is_null())
+        name.split('|').find_map(|name| self.fields.get(name).filter(|v| !v.is_null()))
     }
 
     /// Whether the field `name` is there, null or not.
@@ -86,7 +183,7 @@ impl<'a> Config<'a> {
         match self.str(name) {
             Some("silu" | "swish") => Ok(Activation::Silu),
             Some("gelu") => Ok(Activation::Gelu),
-            Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+            Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_python_tanh") => Ok(Activation::GeluTanh),
             Some("relu") => Ok(Activation::Relu),
             Some(other) => Err(self.error(format!(
                 "the activation {name} = '{other}' is not supported; the supported ones are silu, gelu, gelu_new, gelu_pytorch_tanh, relu"
@@ -121,8 +218,40 @@ impl<'a> Config<'a> {
         each.collect()
     }
 
+    /// Sets the attention window of every layer: the field `sliding_window`, where `layer_types` says so or else where
+    /// `slides` does.
+    pub fn slide(&self, spec: &mut ModelSpec, slides: impl Fn(usize) -> bool) -> Result<()> {
+        let windows = self.windows(spec.layers.len(), self.usize_opt("sliding_window")?, slides)?;
+        spec.layers.iter_mut().zip(windows).for_each(|(layer, window)| layer.window = window);
+        Ok(())
+    }
+
+    /// The numbers in the list `name`.
+    pub fn numbers(&self, name: &str) -> Result<Vec<f32>> {
+        let list = self.get(name).and_then(Value::as_array);
+        let numbers = list.and_then(|list| list.iter().map(|v| v.as_f64().map(|x| x as f32)).collect());
+        numbers.ok_or_else(|| self.error(format!("the field {name} is missing or not a list of numbers")))
+    }
+
+    /// Refuses a configuration whose switch `name` is not `wanted`, which is what it is where it is absent.
+    pub fn only(&self, name: &str, wanted: bool) -> Result<()> {
+        match self.bool_or(name, wanted)? == wanted {
+            true => Ok(()),
+            false => Err(self.error(format!("{name} = {} is not supported", !wanted))),
+        }
+    }
+
+    /// A token's number.
+    pub fn token(&self, name: &str) -> Result<u32> {
+        u32::try_from(self.usize(name)?).map_err(|_| self.error(format!("the field {name} is not a token")))
+    }
+
     /// The rotary embedding that the usual fields describe.
     pub fn rope(&self, head_dim: usize, context_length: usize) -> Result<Rope> {
+        self.rope_of(head_dim, context_length, &FIELDS)
+    }
+
+    fn rope_of(&self, head_dim: usize, context_length: usize, fields: &Fields) -> Result<Rope> {
         let (old, new) = (self.get("rope_scaling"), self.get("rope_parameters"));
         if let (Some(old), Some(new)) = (old, new)
             && kind(old) != kind(new)
@@ -134,15 +263,25 @@ impl<'a> Config<'a> {
         let parameters = Config::new(new.or(old).unwrap_or(&empty), self.path);
         let theta = match parameters.f32_opt("rope_theta")? {
             Some(theta) => theta,
-            None => self.f32_opt("rope_theta")?.unwrap_or(10000.0),
+            None => self.f32_opt(fields.rope_theta)?.unwrap_or(10000.0),
         };
         let partial = match parameters.f32_opt("partial_rotary_factor")? {
             Some(partial) => partial,
-            None => self.f32_opt("partial_rotary_factor")?.unwrap_or(1.0),
+            None => self.f32_opt("partial_rotary_factor")?.unwrap_or(fields.rotated),
         };
         let dim = (head_dim as f32 * partial) as usize;
         let scaling = self.rope_scaling(&parameters, context_length)?;
-        Ok(Rope { theta, dim, layout: RopeLayout::Half, scaling })
+        Ok(Rope { theta, dim, first: 0, layout: fields.layout, scaling })
+    }
+
+    /// DeepSeek's factor on queries and on keys for stretched positions, 1 where they are not.
+    pub(super) fn yarn_scale(&self) -> Result<f32> {
+        let Some(scaling) = self.get("rope_parameters|rope_scaling") else { return Ok(1.0) };
+        let p = Config::new(scaling, self.path);
+        match (p.f32_opt("factor")?, p.f32_opt("mscale_all_dim")?) {
+            (Some(factor), Some(all)) if kind(scaling) == "yarn" && all != 0.0 => Ok(yarn_attention(factor, all)),
+            _ => Ok(1.0),
+        }
     }
 
     fn rope_scaling(&self, p: &Config<'_>, context_length: usize) -> Result<RopeScaling> {
@@ -175,9 +314,28 @@ impl<'a> Config<'a> {
                     truncate: p.bool_or("truncate", true)?,
                 }
             }
+            "longrope" | "su" => {
+                let original = match p.usize_opt("original_max_position_embeddings")? {
+                    Some(original) => original,
+                    None => self.usize("original_max_position_embeddings")?,
+                };
+                let stretch = match p.f32_opt("factor")? {
+                    Some(factor) => factor,
+                    None => context_length as f32 / original as f32,
+                };
+                let attention_factor = match p.f32_opt("attention_factor")? {
+                    Some(given) => given,
+                    None if stretch <= 1.0 => 1.0,
+                    None => (1.0 + stretch.ln() / (original as f32).ln()).sqrt(),
+                };
+                let (short, long) = (p.numbers("short_factor")?, p.numbers("long_factor")?);
+                RopeScaling::Long { short, long, original_context: original, attention_factor }
+            }
+            "dynamic" => RopeScaling::Dynamic { factor: p.f32("factor")?, original_context: context_length },
             other => {
                 return Err(self.error(format!(
-                    "the rope_scaling type '{other}' is not supported; the supported ones are default, linear, llama3, yarn"
+                    "the rope_scaling type '{other}' is not supported; the supported ones are default, linear, dynamic, \
+                     llama3, yarn, longrope"
                 )));
             }
         })
@@ -185,34 +343,60 @@ impl<'a> Config<'a> {
 
     /// What llama and most families after it have in common; what they differ in is changed by their own file.
     pub fn decoder(&self, family: &'static str) -> Result<ModelSpec> {
-        let (hidden_size, heads) = (self.usize("hidden_size")?, self.usize("num_attention_heads")?);
-        let head_dim = match self.usize_opt("head_dim")? {
+        self.decoder_of(family, &FIELDS)
+    }
+
+    fn or<T>(&self, given: Option<T>, default: Option<T>, name: &str) -> Result<T> {
+        given.or(default).ok_or_else(|| self.error(format!("the field {name} is missing")))
+    }
+
+    /// The folder of the configuration.
+    pub(super) fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(self.path)
+    }
+
+    /// The same under other names.
+    pub fn decoder_of(&self, family: &'static str, fields: &Fields) -> Result<ModelSpec> {
+        let (hidden_size, heads) = (self.usize(fields.hidden)?, self.usize(fields.heads)?);
+        let head_dim = match self.usize_opt(fields.head_dim)? {
             Some(given) => given,
             None => hidden_size.checked_div(heads).filter(|d| d * heads == hidden_size).ok_or_else(|| {
+                let but = if fields.head_dim.is_empty() {
+                    String::new()
+                } else {
+                    format!(", and {} is not given", fields.head_dim)
+                };
                 self.error(format!(
-                    "hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
+                    "{} {hidden_size} is not a multiple of {} {heads}{but}",
+                    fields.hidden, fields.heads
                 ))
             })?,
         };
-        let layers = self.usize("num_hidden_layers")?;
+        let layers = self.usize(fields.layers)?;
         if layers > MOST_LAYERS {
-            return Err(self.error(format!("num_hidden_layers is {layers}; more than {MOST_LAYERS} are not believed")));
+            return Err(self.error(format!("{} is {layers}; more than {MOST_LAYERS} are not believed", fields.layers)));
         }
-        let context_length = self.usize("max_position_embeddings")?;
-        let activation = self.activation("hidden_act")?;
+        let context_length = self.or(self.usize_opt(fields.context)?, fields.or.context, fields.context)?;
+        let activation = match (self.get(fields.activation), fields.or.activation) {
+            (None, Some(activation)) => activation,
+            _ => self.activation(fields.activation)?,
+        };
+        let widths = fields.or.widths.map(|n| hidden_size.saturating_mul(n));
+        let width = self.or(self.usize_opt(fields.width)?, widths, fields.width)?;
+        let eps = self.or(self.f32_opt(fields.eps)?, fields.or.eps, fields.eps)?;
         Ok(Basics {
             family,
-            vocab_size: self.usize("vocab_size")?,
+            vocab_size: self.usize(fields.vocab)?,
             hidden_size,
             context_length,
             heads,
-            kv_heads: self.usize_opt("num_key_value_heads")?.unwrap_or(heads),
+            kv_heads: self.usize_opt(fields.kv_heads)?.unwrap_or(heads),
             head_dim,
             layers,
-            mlp: Mlp { width: self.usize("intermediate_size")?, activation, gated: true },
-            norm: Norm { kind: NormKind::Rms, eps: self.f32("rms_norm_eps")?, weight_offset: 0.0 },
-            rope: self.rope(head_dim, context_length)?,
-            tied_head: self.bool_or("tie_word_embeddings", false)?,
+            mlp: Mlp { width, activation, gated: fields.gated },
+            norm: Norm { kind: fields.norm, eps, weight_offset: 0.0 },
+            rope: self.rope_of(head_dim, context_length, fields)?,
+            tied_head: self.bool_or("tie_word_embeddings", fields.tied)?,
         }
         .spec())
     }

@@ -30,7 +30,7 @@ pub fn configure(spec: &ModelSpec, architecture: &str, path: &Path) -> Result<(&
 }
 
 fn fields(spec: &ModelSpec, family: &Family) -> Value {
-    let mlp = spec.layers.first().map(|l| &l.mlp);
+    let mlp = spec.layers.first().and_then(|l| l.mlp.as_ref());
     let mut fields = json!({
         "architectures": &family.architectures[..family.architectures.len().min(1)],
         "model_type": family.model_types.first(),

@@ -1,9 +1,9 @@
 //! GGUF metadata as families read it. Names are those of the GGUF specification, under the architecture's prefix.
 
-use super::config::{MOST_LAYERS, yarn_attention};
+use super::config::{LAYER_NORM, MOST_LAYERS, yarn_attention};
 use super::{Basics, GGUF_NAMES, Role};
 use crate::checkpoint::{Checkpoint, Metadata, Value};
-use crate::spec::{Mlp, ModelSpec, Norm, NormKind, Rope, RopeScaling};
+use crate::spec::{Biases, Experts, Mlp, ModelSpec, Norm, NormKind, Rope, RopeScaling};
 use crate::{Error, Result};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
@@ -30,10 +30,72 @@ impl<'a> Keys<'a> {
         self.checkpoint.find(name).is_some()
     }
 
+    /// Whether the file has a tensor whose name ends like this.
+    pub fn has_tensor_ending(&self, end: &str) -> bool {
+        self.checkpoint.tensors().iter().any(|t| t.name.ends_with(end))
+    }
+
+    /// The values of the vector `name`.
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        let tensor = self.checkpoint.tensor(name)?;
+        let values = super::floats(tensor.info.format, &tensor.data);
+        values.ok_or_else(|| self.error(format!("{name} is stored as {}, not in floating point", tensor.info.format)))
+    }
+
     /// Whether layer 0 (or the model) has a bias for `role`: GGUF says so by the tensor alone.
     pub fn has_bias(&self, role: Role) -> bool {
+        self.has_part(role, "bias")
+    }
+
+    /// Whether layer 0 (or the model) has a weight for `role`.
+    pub fn has(&self, role: Role) -> bool {
+        self.has_part(role, "weight")
+    }
+
+    fn has_part(&self, role: Role, part: &str) -> bool {
         let name = GGUF_NAMES.iter().find(|(r, _)| *r == role).map(|(_, name)| name.replacen("{}", "0", 1));
-        name.is_some_and(|name| self.has_tensor(&format!("{name}.bias")))
+        name.is_some_and(|name| self.has_tensor(&format!("{name}.{part}")))
+    }
+
+    /// The biases that are there.
+    pub fn biases(&self) -> Biases {
+        Biases {
+            qkv: self.has_bias(Role::Q) || self.has_bias(Role::Qkv),
+            output: self.has_bias(Role::O),
+            up: self.has_bias(Role::Up),
+            down: self.has_bias(Role::Down),
+            head: self.has_bias(Role::Head),
+        }
+    }
+
+    /// Makes every MLP one without a gate, with the tanh form of GELU between.
+    pub fn ungated(&self, spec: &mut ModelSpec) {
+        for mlp in spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()) {
+            (mlp.activation, mlp.gated) = (Activation::GeluTanh, false);
+        }
+    }
+
+    /// Puts experts into the layers that have them, beside a shared MLP of `shared` rows; `change` says what is special
+    /// about them.
+    pub fn mix(
+        &self,
+        spec: &mut ModelSpec,
+        change: impl Fn(usize, Experts) -> Experts,
+        shared: Option<usize>,
+    ) -> Result<()> {
+        let (count, used) = (self.usize("expert_count")?, self.usize("expert_used_count")?);
+        let width = match self.usize_opt("expert_feed_forward_length")? {
+            Some(width) => width,
+            None => self.usize("feed_forward_length")?,
+        };
+        for (i, layer) in spec.layers.iter_mut().enumerate() {
+            let Some(mlp) = layer.mlp.clone() else { continue };
+            if self.has_tensor(&format!("blk.{i}.ffn_gate_inp.weight")) {
+                layer.mlp = shared.map(|width| Mlp { width, ..mlp.clone() });
+                layer.experts = Some(change(i, Experts::new(count, used, Mlp { width, ..mlp })));
+            }
+        }
+        Ok(())
     }
 
     fn key(&self, name: &str) -> String {
@@ -86,6 +148,14 @@ impl<'a> Keys<'a> {
         self.f32_opt(name)?.ok_or_else(|| self.missing(name))
     }
 
+    /// A switch that may be absent.
+    pub fn bool_opt(&self, name: &str) -> Result<Option<bool>> {
+        self.convert(name, "true or false", |key| match self.metadata.get(key) {
+            Some(Value::Bool(b)) => Some(*b),
+            _ => None,
+        })
+    }
+
     /// A string that may be absent.
     pub fn str_opt(&self, name: &str) -> Result<Option<&'a str>> {
         let key = self.key(name);
@@ -117,6 +187,17 @@ impl<'a> Keys<'a> {
             None => "none",
         };
         let scaling = match kind {
+            _ if self.has_tensor("rope_factors_long.weight") => {
+                let original = self.usize("rope.scaling.original_context_length")?;
+                let stretch = context_length as f32 / original as f32;
+                let usual = if stretch > 1.0 { (1.0 + stretch.ln() / (original as f32).ln()).sqrt() } else { 1.0 };
+                RopeScaling::Long {
+                    short: self.vector("rope_factors_short.weight")?,
+                    long: self.vector("rope_factors_long.weight")?,
+                    original_context: original,
+                    attention_factor: self.f32_opt("rope.scaling.attn_factor")?.unwrap_or(usual),
+                }
+            }
             "none" if stored => RopeScaling::Stored,
             "none" => RopeScaling::None,
             "linear" | "yarn" if stored => {
@@ -145,7 +226,7 @@ impl<'a> Keys<'a> {
                 )));
             }
         };
-        Ok(Rope { theta, dim, layout, scaling })
+        Ok(Rope { theta, dim, first: 0, layout, scaling })
     }
 
     /// What llama and most families after it have in common; what they differ in is changed by their own file.
@@ -158,15 +239,6 @@ impl<'a> Keys<'a> {
             })?,
         };
         let value_dim = self.usize_opt("attention.value_length")?.unwrap_or(head_dim);
-        if value_dim != head_dim {
-            return Err(self.error(format!(
-                "keys of {head_dim} and values of {value_dim} are not supported for {}",
-                self.architecture
-            )));
-        }
-        if self.usize_opt("expert_count")?.unwrap_or(0) > 0 {
-            return Err(self.error("mixtures of experts are not supported yet"));
-        }
         let layers = self.usize("block_count")?;
         if layers > MOST_LAYERS {
             return Err(self.error(format!("block_count is {layers}; more than {MOST_LAYERS} are not believed")));
@@ -177,9 +249,12 @@ impl<'a> Keys<'a> {
         })?;
         let vocab_size = self.usize_opt("vocab_size")?.unwrap_or(rows);
         let context_length = self.usize("context_length")?;
-        let eps = self.f32("attention.layer_norm_rms_epsilon")?;
+        let (kind, eps) = match self.f32_opt("attention.layer_norm_epsilon")? {
+            Some(eps) => (LAYER_NORM, eps),
+            None => (NormKind::Rms, self.f32("attention.layer_norm_rms_epsilon")?),
+        };
         let width = self.usize("feed_forward_length")?;
-        Ok(Basics {
+        let spec = Basics {
             family,
             vocab_size,
             hidden_size,
@@ -189,10 +264,11 @@ impl<'a> Keys<'a> {
             head_dim,
             layers,
             mlp: Mlp { width, activation: Activation::Silu, gated: true },
-            norm: Norm { kind: NormKind::Rms, eps, weight_offset: 0.0 },
+            norm: Norm { kind, eps, weight_offset: 0.0 },
             rope: self.rope(head_dim, context_length, layout)?,
             tied_head: !self.has_tensor("output.weight"),
         }
-        .spec())
+        .spec();
+        Ok(ModelSpec { value_dim, ..spec })
     }
 }

@@ -1,8 +1,8 @@
 //! Llama 1, 2 and 3, and what keeps its layout: Yi, SmolLM, TinyLlama, and in GGUF also Mistral.
 
-use super::{Config, Family, GGUF_NAMES, Gguf, IGNORED, Keys, NAMES, Role};
+use super::{Config, Family, Gguf, Keys, PLAIN};
 use crate::Result;
-use crate::spec::{Biases, ModelSpec};
+use crate::spec::{Biases, Experts, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
 
 pub(super) static FAMILY: Family = Family {
@@ -10,12 +10,11 @@ pub(super) static FAMILY: Family = Family {
     model_types: &["llama"],
     architectures: &["LlamaForCausalLM", "LLaMAForCausalLM"],
     from_config,
-    names: NAMES,
     gguf: Some(GGUF),
-    ignored: IGNORED,
+    ..PLAIN
 };
 
-pub(super) const GGUF: Gguf = Gguf { architecture: "llama", from_keys, names: GGUF_NAMES, reordered: true };
+pub(super) const GGUF: Gguf = Gguf { architecture: "llama", from_keys, names: &[], reordered: true };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let attention = config.bool_or("attention_bias", false)?;
@@ -26,14 +25,11 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("llama", RopeLayout::Interleaved)?;
-    spec.bias = Biases {
-        qkv: keys.has_bias(Role::Q),
-        output: keys.has_bias(Role::O),
-        up: keys.has_bias(Role::Up),
-        down: keys.has_bias(Role::Down),
-        head: false,
-    };
+    spec.bias = keys.biases();
     let window = keys.window()?;
     spec.layers.iter_mut().for_each(|layer| layer.window = window);
+    if keys.usize_opt("expert_count")?.is_some_and(|n| n > 0) {
+        keys.mix(&mut spec, |_, experts| Experts { renormalise: true, ..experts }, None)?;
+    }
     Ok(spec)
 }

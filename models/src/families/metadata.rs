@@ -7,7 +7,7 @@
 use super::config::yarn_attention;
 use super::{Gguf, Keys};
 use crate::checkpoint::{Array, Checkpoint, Metadata, TensorInfo, Value};
-use crate::spec::{LayerSpec, ModelSpec, NormKind, Rope, RopeScaling};
+use crate::spec::{Branches, LayerSpec, ModelSpec, NormKind, Rope, RopeScaling, Routing};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -61,6 +61,25 @@ const OPTIONAL: &[Optional] = &[
         values: |s| s.logit_softcap.map(float).into_iter().collect(),
     },
     Optional {
+        same: |a, b| a.clip_qkv == b.clip_qkv,
+        key: "attention.clamp_kqv",
+        values: |s| s.clip_qkv.map(float).into_iter().collect(),
+    },
+    Optional { same: |a, b| a.alibi == b.alibi, key: "attention.max_alibi_bias", values: |_| vec![float(8.0)] },
+    Optional {
+        same: |a, b| near(a.attention_scale, b.attention_scale),
+        key: "rope.scaling.yarn_log_multiplier",
+        // DeepSeek's: what makes the scale of attention of the stretch.
+        values: |s| {
+            let stretch = s.ropes.first().and_then(|rope| match rope.scaling {
+                RopeScaling::Yarn { factor, .. } => Some(factor.ln()),
+                _ => None,
+            });
+            let more = (s.attention_scale * (s.head_dim as f32).sqrt()).sqrt() - 1.0;
+            stretch.map(|log| float((more / log * 1e4).round() / 1e4)).into_iter().collect()
+        },
+    },
+    Optional {
         same: |a, b| a.embedding_scale == b.embedding_scale,
         key: "embedding_scale",
         values: |s| vec![float(s.embedding_scale)],
@@ -91,7 +110,7 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
     let mut metadata = Metadata::default();
     metadata.0.insert("general.architecture".into(), Value::String(form.architecture.into()));
     let key = |name: &str| format!("{}.{name}", form.architecture);
-    for (name, value) in plain(spec).map_err(impossible)? {
+    for (name, value) in plain(spec, form.architecture).map_err(impossible)? {
         metadata.0.insert(key(name), value);
     }
     let read = |metadata: &Metadata| {
@@ -125,14 +144,32 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
     let (mut meant, read) = read(&metadata)?;
     let mut notes = Vec::new();
     let window = windows(&meant).flatten().min();
+    for (meant, read) in meant.ropes.iter_mut().zip(&read.ropes) {
+        if meant.scaling != read.scaling
+            && matches!(meant.scaling, RopeScaling::Dynamic { .. } | RopeScaling::DynamicSteps { .. })
+        {
+            notes.push(
+                "GGUF files cannot say that rotary positions are stretched as the text grows: beyond the trained \
+                        length the model is not what it was"
+                    .into(),
+            );
+            meant.scaling = read.scaling.clone();
+        }
+    }
+    if meant.logn != read.logn {
+        notes.push("GGUF files cannot say that attention is sharpened beyond the trained length (logn)".into());
+        meant.logn = read.logn;
+    }
     if !windows(&meant).eq(windows(&read)) {
         notes.push(format!(
             "GGUF files of the architecture '{}' cannot say this model's attention window: positions see all before them",
             form.architecture
         ));
         meant.layers.iter_mut().zip(&read.layers).for_each(|(m, r)| m.window = r.window);
-    } else if let Some(window) = window.filter(|&w| form.architecture == "llama" && w < spec.context_length) {
-        // Mistral's files say `llama`, whose windows are read here but not there.
+    } else if let Some(window) =
+        window.filter(|&w| ["llama", "phi3", "starcoder2"].contains(&form.architecture) && w < spec.context_length)
+    {
+        // Mistral's files say `llama`, whose windows are read here but not there, as those of some others.
         notes.push(format!(
             "llama.cpp knows no attention window for this architecture: texts longer than {window} tokens it reads otherwise"
         ));
@@ -144,15 +181,17 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
 }
 
 /// The keys that every architecture has.
-fn plain(spec: &ModelSpec) -> Result<Vec<(&'static str, Value)>, &'static str> {
+fn plain(spec: &ModelSpec, architecture: &str) -> Result<Vec<(&'static str, Value)>, &'static str> {
     let count = |n: usize| Value::Unsigned(n as u64);
-    let width = spec.layers.first().map_or(0, |l| l.mlp.width);
-    let widths = match spec.layers.iter().all(|l| l.mlp.width == width) {
-        true => count(width),
-        false => {
-            let each: Vec<i32> = spec.layers.iter().map(|l| l.mlp.width as i32).collect();
-            Value::Array(Array::of_i32(&each))
-        }
+    // What all tokens share beside experts has a key of its own.
+    let each: Vec<usize> = spec.layers.iter().map(dense_width).collect();
+    let dense = spec.layers.iter().find(|l| l.experts.is_none()).or(spec.layers.first());
+    // The first Qwen counts gate and up.
+    let times = if architecture == "qwen" { 2 } else { 1 };
+    let width = dense.map_or(0, dense_width);
+    let widths = match spec.layers.iter().all(|l| l.experts.is_some() || dense_width(l) == width) {
+        true => count(times * width),
+        false => Value::Array(Array::of_i32(&each.iter().map(|&w| w as i32).collect::<Vec<_>>())),
     };
     let eps = match spec.norm.kind {
         NormKind::Rms => "attention.layer_norm_rms_epsilon",
@@ -168,17 +207,69 @@ fn plain(spec: &ModelSpec) -> Result<Vec<(&'static str, Value)>, &'static str> {
         ("attention.head_count_kv", count(spec.kv_heads)),
         (eps, float(spec.norm.eps)),
     ];
-    if spec.query_width() != spec.hidden_size {
-        keys.extend([("attention.key_length", count(spec.head_dim)), ("attention.value_length", count(spec.head_dim))]);
+    if spec.query_width() != spec.hidden_size || spec.value_dim != spec.head_dim {
+        keys.extend([
+            ("attention.key_length", count(spec.head_dim)),
+            ("attention.value_length", count(spec.value_dim)),
+        ]);
+    }
+    keys.extend(mixture(spec));
+    if let Some(latent) = &spec.latent {
+        keys.push(("attention.kv_lora_rank", count(latent.kv)));
+        keys.extend(latent.query.map(|n| ("attention.q_lora_rank", count(n))));
+    }
+    if architecture == "command-r" {
+        keys.push(("logit_scale", float(spec.logit_scale)));
+    }
+    if architecture == "gptneox" {
+        keys.push(("use_parallel_residual", Value::Bool(spec.branches == Branches::Parallel)));
     }
     // Where layers differ, the keys without a suffix are those of the layers that see everything.
     let main = spec.layers.iter().find(|l| l.window.is_none() && l.rope.is_some());
     let main = main.and_then(|l| spec.ropes.get(l.rope?)).or(spec.ropes.first());
     if let Some(rope) = main {
         keys.extend([("rope.dimension_count", count(rope.dim)), ("rope.freq_base", float(rope.theta))]);
-        keys.extend(scaling(rope)?);
+        let mut scaling = scaling(rope)?;
+        // DeepSeek's factor on cosine and sine is 1, which readers conclude from the multiplier of the logarithm.
+        scaling.retain(|(key, _)| spec.latent.is_none() || *key != "rope.scaling.attn_factor");
+        keys.extend(scaling);
     }
     Ok(keys)
+}
+
+/// What is said of experts.
+fn mixture(spec: &ModelSpec) -> Vec<(&'static str, Value)> {
+    let count = |n: usize| Value::Unsigned(n as u64);
+    let Some((first, layer)) = spec.layers.iter().enumerate().find(|(_, l)| l.experts.is_some()) else {
+        return Vec::new();
+    };
+    let Some(experts) = &layer.experts else { return Vec::new() };
+    let mut keys = vec![
+        ("expert_count", count(experts.count)),
+        ("expert_used_count", count(experts.used)),
+        ("expert_feed_forward_length", count(experts.mlp.width)),
+    ];
+    if let Some(shared) = &layer.mlp {
+        keys.push(("expert_shared_feed_forward_length", count(shared.width)));
+        keys.push(("expert_shared_count", count((shared.width / experts.mlp.width.max(1)).max(1))));
+    }
+    if spec.latent.is_some() {
+        keys.push(("leading_dense_block_count", count(first)));
+        keys.push(("expert_weights_scale", float(experts.scale)));
+        keys.push(("expert_weights_norm", Value::Bool(experts.renormalise)));
+        keys.push(("expert_gating_func", count(if experts.routing == Routing::Sigmoid { 2 } else { 1 })));
+        if let Some(groups) = experts.groups {
+            keys.push(("expert_group_count", count(groups.count)));
+            keys.push(("expert_group_used_count", count(groups.used)));
+        }
+    }
+    keys
+}
+
+/// Width of the MLP of a layer without experts, or of a single expert.
+fn dense_width(layer: &LayerSpec) -> usize {
+    let mlp = layer.experts.as_ref().map(|e| &e.mlp).or(layer.mlp.as_ref());
+    mlp.map_or(0, |mlp| mlp.width)
 }
 
 fn scaling(rope: &Rope) -> Result<Vec<(&'static str, Value)>, &'static str> {
@@ -189,7 +280,7 @@ fn scaling(rope: &Rope) -> Result<Vec<(&'static str, Value)>, &'static str> {
         RopeScaling::Linear { factor } => {
             vec![("rope.scaling.type", text("linear")), ("rope.scaling.factor", float(factor))]
         }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, attention_factor, truncate: true } => {
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, attention_factor, .. } => {
             let mut keys = vec![
                 ("rope.scaling.type", text("yarn")),
                 ("rope.scaling.factor", float(factor)),
@@ -206,6 +297,14 @@ fn scaling(rope: &Rope) -> Result<Vec<(&'static str, Value)>, &'static str> {
             }
             keys
         }
+        // The factors are tensors.
+        RopeScaling::Long { original_context, attention_factor, .. } => vec![
+            ("rope.scaling.type", text("longrope")),
+            ("rope.scaling.original_context_length", Value::Unsigned(original_context as u64)),
+            ("rope.scaling.attn_factor", float(attention_factor)),
+        ],
+        // What grows with the text is not in the file: `describe` says so.
+        RopeScaling::Dynamic { .. } | RopeScaling::DynamicSteps { .. } => Vec::new(),
         _ => return Err("scaling of rotary positions"),
     })
 }
@@ -215,10 +314,22 @@ pub(super) fn as_read(spec: &ModelSpec, read: &ModelSpec) -> ModelSpec {
     let mut meant = spec.clone();
     meant.family = read.family;
     meant.norm.weight_offset = read.norm.weight_offset;
+    // Both are done with when the tensors are written.
+    (meant.normed_head, meant.spare_layers) = (read.normed_head, read.spare_layers);
+    if near(meant.attention_scale, read.attention_scale) {
+        meant.attention_scale = read.attention_scale;
+    }
     for (rope, read) in meant.ropes.iter_mut().zip(&read.ropes) {
         rope.layout = read.layout;
         if matches!(rope.scaling, RopeScaling::Llama3 { .. }) && read.scaling == RopeScaling::Stored {
             rope.scaling = RopeScaling::Stored;
+        }
+        // These too are tensors.
+        if let (RopeScaling::Long { short, long, .. }, RopeScaling::Long { short: s, long: l, .. }) =
+            (&mut rope.scaling, &read.scaling)
+        {
+            short.clone_from(s);
+            long.clone_from(l);
         }
     }
     meant
@@ -232,7 +343,16 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
     let checks = [
         ("sizes", {
             let of = |s: &ModelSpec| {
-                [s.vocab_size, s.hidden_size, s.context_length, s.heads, s.kv_heads, s.head_dim, s.layers.len()]
+                [
+                    s.vocab_size,
+                    s.hidden_size,
+                    s.context_length,
+                    s.heads,
+                    s.kv_heads,
+                    s.head_dim,
+                    s.value_dim,
+                    s.layers.len(),
+                ]
             };
             of(a) == of(b)
         }),
@@ -242,7 +362,8 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
         ("biases", a.bias == b.bias),
         ("rotary positions", a.ropes == b.ropes && layers(|a, b| a.rope == b.rope)),
         ("attention window", windows(a).eq(windows(b))),
-        ("MLP width", layers(|a, b| a.mlp.width == b.mlp.width)),
+        ("MLP width", layers(|a, b| dense_width(a) == dense_width(b))),
+        ("experts", layers(|a, b| a.experts == b.experts)),
         ("activation", layers(|a, b| a.mlp == b.mlp)),
         ("attention scale", a.attention_scale == b.attention_scale && a.attention_softcap == b.attention_softcap),
         ("scales of embeddings and branches", {
@@ -250,6 +371,11 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
         }),
         ("scale of logits", near(a.logit_scale, b.logit_scale) && a.logit_softcap == b.logit_softcap),
         ("head", a.tied_head == b.tied_head),
+        ("latent attention", a.latent == b.latent),
+        ("distances (ALiBi)", a.alibi == b.alibi),
+        ("positions", a.learned_positions == b.learned_positions && a.context == b.context),
+        ("limit of queries, keys and values", a.clip_qkv == b.clip_qkv),
+        ("prefix", a.prefix == b.prefix),
     ];
     let found = checks.iter().find(|(_, same)| !same).map(|(what, _)| *what);
     // A switch that is not in the list must not pass for equal.

@@ -1,6 +1,6 @@
 //! Mistral 7B and its descendants (Zephyr among them): llama with a sliding window. Their GGUF files say `llama`.
 
-use super::{Config, Family, IGNORED, NAMES, llama};
+use super::{Config, Family, PLAIN, llama};
 use crate::Result;
 use crate::spec::ModelSpec;
 
@@ -9,9 +9,8 @@ pub(super) static FAMILY: Family = Family {
     model_types: &["mistral"],
     architectures: &["MistralForCausalLM"],
     from_config,
-    names: NAMES,
     gguf: Some(llama::GGUF),
-    ignored: IGNORED,
+    ..PLAIN
 };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {

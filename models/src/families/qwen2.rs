@@ -1,6 +1,6 @@
 //! Qwen 1.5, 2 and 2.5: llama with a bias on queries, keys and values.
 
-use super::{Config, Family, GGUF_NAMES, Gguf, IGNORED, Keys, NAMES};
+use super::{Config, Family, Gguf, Keys, PLAIN};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
@@ -10,15 +10,14 @@ pub(super) static FAMILY: Family = Family {
     model_types: &["qwen2"],
     architectures: &["Qwen2ForCausalLM"],
     from_config,
-    names: NAMES,
     gguf: Some(GGUF),
-    ignored: IGNORED,
+    ..PLAIN
 };
 
-const GGUF: Gguf = Gguf { architecture: "qwen2", from_keys, names: GGUF_NAMES, reordered: false };
+const GGUF: Gguf = Gguf { architecture: "qwen2", from_keys, names: &[], reordered: false };
 const BIAS: Biases = Biases { qkv: true, output: false, up: false, down: false, head: false };
 
-fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
+pub(super) fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { bias: BIAS, ..config.decoder("qwen2")? };
     if config.bool_or("use_sliding_window", false)? {
         // The first layers see everything. The defaults are the reference implementation's.
@@ -32,6 +31,6 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     Ok(spec)
 }
 
-fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
+pub(super) fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     Ok(ModelSpec { bias: BIAS, ..keys.decoder("qwen2", RopeLayout::Half)? })
 }

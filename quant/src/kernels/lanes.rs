@@ -118,6 +118,12 @@ fn gelu_tanh(x: f32) -> f32 {
 }
 
 #[inline(always)]
+fn clamped_silu(x: f32) -> f32 {
+    let x = if x > 7.0 { 7.0 } else { x };
+    x / (1.0 + exp(-1.702 * x))
+}
+
+#[inline(always)]
 fn relu(x: f32) -> f32 {
     if x < 0.0 { 0.0 } else { x }
 }
@@ -243,6 +249,10 @@ macro_rules! with_activation {
                 use relu as $f;
                 $body
             }
+            Activation::ClampedSilu => {
+                use clamped_silu as $f;
+                $body
+            }
         }
     };
 }
@@ -256,6 +266,12 @@ pub fn activate(kind: Activation, x: &mut [f32]) {
 
 #[inline(always)]
 pub fn gate(kind: Activation, gate: &mut [f32], up: &[f32]) {
+    if kind == Activation::ClampedSilu {
+        for (g, u) in gate.iter_mut().zip(up) {
+            *g = clamped_silu(*g) * (u.clamp(-7.0, 7.0) + 1.0);
+        }
+        return;
+    }
     with_activation!(kind, f => for (g, u) in gate.iter_mut().zip(up) {
         *g = f(*g) * u;
     })

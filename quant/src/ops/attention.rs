@@ -22,8 +22,10 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Columns of a head.
+    /// Columns of a head of queries and keys.
     pub head_dim: usize,
+    /// Columns of a head of values.
+    pub value_dim: usize,
     /// What scores are multiplied by (usually `1 / sqrt(head_dim)`).
     pub scale: f32,
     /// Scores become `cap * tanh(score / cap)`.
@@ -32,11 +34,13 @@ pub struct Attention<'a> {
     pub window: Option<usize>,
     /// ALiBi: `slope * (j - i)` is added to the scores of each head (Press et al. 2022).
     pub slopes: Option<&'a [f32]>,
+    /// Falcon's form of it: the products `slope * j` are rounded to bf16 and multiplied by this.
+    pub rounded_slopes: Option<f32>,
     /// One more score for each head that takes its share of the softmax and is dropped.
     pub sinks: Option<&'a [f32]>,
 }
 
-/// Keys or values of one sequence, `[kv_heads, capacity, head_dim]`.
+/// Keys or values of one sequence, `[kv_heads, capacity, head_dim]` (`value_dim` for values).
 #[derive(Clone, Copy, Debug)]
 pub enum Kv<'a> {
     /// Single precision.
@@ -75,6 +79,8 @@ pub struct AttentionSequence<'a> {
     pub values: Kv<'a>,
     /// Positions that the cache has room for.
     pub capacity: usize,
+    /// Positions before this one see each other whatever their order.
+    pub context: usize,
 }
 
 #[derive(Default)]
@@ -93,8 +99,8 @@ thread_local! {
 }
 
 impl Cpu {
-    /// Causal attention of the rows of `q` (`[rows, heads * head_dim]`) over each sequence's cache, into `out` (same
-    /// shape).
+    /// Causal attention of the rows of `q` (`[rows, heads * head_dim]`) over each sequence's cache, into `out`
+    /// (`[rows, heads * value_dim]`).
     ///
     /// # Panics
     /// When the sizes do not fit each other.
@@ -107,11 +113,12 @@ impl Cpu {
         out: &mut [f32],
     ) {
         assert!(spec.kv_heads > 0 && spec.heads.is_multiple_of(spec.kv_heads), "query heads share key heads evenly");
-        assert_eq!(q.len(), out.len(), "output differs in size from the queries");
+        assert_eq!(q.len() * spec.value_dim, out.len() * spec.head_dim, "output is not [rows, heads * value_dim]");
         for s in sequences {
             assert!(s.start + s.rows.len() <= s.capacity, "rows beyond the cache");
-            let size = spec.kv_heads * s.capacity * spec.head_dim;
-            assert!(s.keys.len() == size && s.values.len() == size, "cache is not [kv_heads, capacity, head_dim]");
+            let size = spec.kv_heads * s.capacity;
+            assert_eq!(s.keys.len(), size * spec.head_dim, "keys are not [kv_heads, capacity, head_dim]");
+            assert_eq!(s.values.len(), size * spec.value_dim, "values are not [kv_heads, capacity, value_dim]");
         }
         match phase {
             Phase::Prompt => self.attention_prompt(spec, q, sequences, out),
@@ -151,11 +158,12 @@ impl Cpu {
     ) {
         let (kernels, lanes) = (&self.kernels, &self.kernels.lanes);
         let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
-        let padded = dim.next_multiple_of(PANEL);
+        let (value_dim, widest) = (spec.value_dim, dim.max(spec.value_dim));
+        let padded = value_dim.next_multiple_of(PANEL);
         let count = rows.len() * group;
         scratch.queries.reserve(count * dim);
-        scratch.keys.reserve(TILE * dim);
-        scratch.panels.reserve(TILE * padded);
+        scratch.keys.reserve(TILE * widest);
+        scratch.panels.reserve(TILE * widest.next_multiple_of(PANEL));
         scratch.scores.reserve(count * TILE);
         scratch.out.reserve(count * padded);
         scratch.most.reserve(count);
@@ -173,6 +181,7 @@ impl Cpu {
             (lanes.scale)(spec.scale, row);
         }
         let end = position_of(count - 1) + 1;
+        let end = if position_of(0) < sequence.context { end.max(sequence.context) } else { end };
         let first = spec.window.map_or(0, |w| (position_of(0) + 1).saturating_sub(w)) / TILE * TILE;
         for tile in (first..end).step_by(TILE) {
             let keys = TILE.min(end - tile);
@@ -196,9 +205,9 @@ impl Cpu {
                     (lanes.soft_cap)(cap, row);
                 }
                 if let Some(slopes) = spec.slopes {
-                    add_slope(row, slopes[head_of(i)], tile, position);
+                    add_slope(row, slopes[head_of(i)], spec.rounded_slopes, tile, position);
                 }
-                let visible = visible(spec.window, position, tile, keys);
+                let visible = visible(spec.window, sequence.context, position, tile, keys);
                 row[..visible.start].fill(f32::NEG_INFINITY);
                 row[visible.end..].fill(f32::NEG_INFINITY);
                 if visible.is_empty() {
@@ -214,18 +223,19 @@ impl Cpu {
                 }
                 scratch.most[i] = most;
             }
-            sequence.values.read(kernels, at..at + keys * dim, &mut scratch.keys[..keys * dim]);
-            let ldb = panel_columns(&scratch.keys, keys, dim, &mut scratch.panels);
+            let at = (kv_head * sequence.capacity + tile) * value_dim;
+            sequence.values.read(kernels, at..at + keys * value_dim, &mut scratch.keys[..keys * value_dim]);
+            let ldb = panel_columns(&scratch.keys, keys, value_dim, &mut scratch.panels);
             let shape = GemmShape { m: count, n: padded, k: keys, lda: TILE, ldb, ldc: padded, add: true };
             (kernels.gemm)(shape, &scratch.scores, &scratch.panels, &mut scratch.out);
         }
         for i in 0..count {
-            let row = &mut scratch.out[i * padded..i * padded + dim];
+            let row = &mut scratch.out[i * padded..i * padded + value_dim];
             let sink = spec.sinks.map(|sinks| sinks[head_of(i)]);
             finish(lanes.scale, row, scratch.most[i], scratch.total[i], sink);
-            let at = (rows.start + i / group) * width + head_of(i) * dim;
+            let at = ((rows.start + i / group) * spec.heads + head_of(i)) * value_dim;
             // SAFETY: each task has rows and heads of its own.
-            unsafe { out.slice(at..at + dim) }.copy_from_slice(row);
+            unsafe { out.slice(at..at + value_dim) }.copy_from_slice(row);
         }
     }
 
@@ -236,7 +246,7 @@ impl Cpu {
         sequences: &[AttentionSequence<'_>],
         out: &mut [f32],
     ) {
-        let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
+        let (dim, value_dim, group) = (spec.head_dim, spec.value_dim, spec.heads / spec.kv_heads);
         let width = spec.heads * dim;
         let mut tasks = Vec::new();
         let mut rows = Vec::new();
@@ -245,8 +255,9 @@ impl Cpu {
                 let position = s.start + i;
                 let first = spec.window.map_or(0, |w| (position + 1).saturating_sub(w)) / CHUNK * CHUNK;
                 let begin = tasks.len();
+                let end = last_seen(s.context, position) + 1;
                 for head in 0..spec.kv_heads {
-                    for start in (first..position + 1).step_by(CHUNK) {
+                    for start in (first..end).step_by(CHUNK) {
                         tasks.push((s, row, position, head, start));
                     }
                 }
@@ -255,7 +266,7 @@ impl Cpu {
         }
         // A task's part of the answer: for each head of its group the largest score, the sum of exponentials, and the
         // weighted values.
-        let part = group * (dim + 2);
+        let part = group * (value_dim + 2);
         PARTS.with_borrow_mut(|parts| {
             parts.reserve(tasks.len() * part);
             let shared = Disjoint::new(parts);
@@ -270,12 +281,12 @@ impl Cpu {
             for &(row, begin, chunks) in &rows {
                 for head in 0..spec.heads {
                     let (kv_head, member) = (head / group, head % group);
-                    let out = &mut out[row * width + head * dim..][..dim];
+                    let out = &mut out[(row * spec.heads + head) * value_dim..][..value_dim];
                     out.fill(0.0);
                     let (mut most, mut total) = (f32::NEG_INFINITY, 0.0);
                     for chunk in 0..chunks {
-                        let at = (begin + kv_head * chunks + chunk) * part + member * (dim + 2);
-                        let part = &parts[at..at + dim + 2];
+                        let at = (begin + kv_head * chunks + chunk) * part + member * (value_dim + 2);
+                        let part = &parts[at..at + value_dim + 2];
                         if part[0] == f32::NEG_INFINITY {
                             continue;
                         }
@@ -305,18 +316,19 @@ impl Cpu {
         part: &mut [f32],
     ) {
         let (kernels, lanes) = (&self.kernels, &self.kernels.lanes);
-        let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
-        let visible = visible(spec.window, position, start, CHUNK.min(position + 1 - start));
+        let (dim, value_dim, group) = (spec.head_dim, spec.value_dim, spec.heads / spec.kv_heads);
+        let seen = last_seen(sequence.context, position) + 1;
+        let visible = visible(spec.window, sequence.context, position, start, CHUNK.min(seen - start));
         let (begin, keys) = (start + visible.start, visible.len());
         part.fill(0.0);
-        for member in part.chunks_exact_mut(dim + 2) {
+        for member in part.chunks_exact_mut(value_dim + 2) {
             member[0] = f32::NEG_INFINITY;
         }
         if keys == 0 {
             return;
         }
         scratch.queries.reserve(group * dim);
-        scratch.keys.reserve(TILE * dim);
+        scratch.keys.reserve(TILE * dim.max(value_dim));
         scratch.scores.reserve(group * CHUNK);
         scratch.queries[..group * dim].copy_from_slice(q);
         (lanes.scale)(spec.scale, &mut scratch.queries[..group * dim]);
@@ -329,23 +341,23 @@ impl Cpu {
                 (lanes.scores)(&scratch.queries[g * dim..(g + 1) * dim], &scratch.keys[..n * dim], scores);
             }
         }
-        for (g, part) in part.chunks_exact_mut(dim + 2).enumerate() {
+        for (g, part) in part.chunks_exact_mut(value_dim + 2).enumerate() {
             let row = &mut scratch.scores[g * CHUNK..g * CHUNK + keys];
             if let Some(cap) = spec.softcap {
                 (lanes.soft_cap)(cap, row);
             }
             if let Some(slopes) = spec.slopes {
-                add_slope(row, slopes[kv_head * group + g], begin, position);
+                add_slope(row, slopes[kv_head * group + g], spec.rounded_slopes, begin, position);
             }
             part[0] = (lanes.max)(row);
             part[1] = (lanes.exp_sum)(part[0], row);
         }
         for tile in (0..keys).step_by(TILE) {
             let n = TILE.min(keys - tile);
-            let at = (kv_head * sequence.capacity + begin + tile) * dim;
-            sequence.values.read(kernels, at..at + n * dim, &mut scratch.keys[..n * dim]);
-            for (g, part) in part.chunks_exact_mut(dim + 2).enumerate() {
-                (lanes.mix)(&scratch.scores[g * CHUNK + tile..][..n], &scratch.keys[..n * dim], &mut part[2..]);
+            let at = (kv_head * sequence.capacity + begin + tile) * value_dim;
+            sequence.values.read(kernels, at..at + n * value_dim, &mut scratch.keys[..n * value_dim]);
+            for (g, part) in part.chunks_exact_mut(value_dim + 2).enumerate() {
+                (lanes.mix)(&scratch.scores[g * CHUNK + tile..][..n], &scratch.keys[..n * value_dim], &mut part[2..]);
             }
         }
     }
@@ -359,16 +371,25 @@ fn lanes_exp(x: f32) -> f32 {
     crate::kernels::exp(x)
 }
 
+/// The last key that the query at `position` sees.
+fn last_seen(context: usize, position: usize) -> usize {
+    if position < context { context - 1 } else { position }
+}
+
 /// Which of the keys `tile..tile + keys` the query at `position` sees, counted from `tile`.
-fn visible(window: Option<usize>, position: usize, tile: usize, keys: usize) -> Range<usize> {
+fn visible(window: Option<usize>, context: usize, position: usize, tile: usize, keys: usize) -> Range<usize> {
     let first = window.map_or(0, |w| (position + 1).saturating_sub(w)).saturating_sub(tile).min(keys);
-    let end = (position + 1).saturating_sub(tile).min(keys);
+    let end = (last_seen(context, position) + 1).saturating_sub(tile).min(keys);
     first..end.max(first)
 }
 
-fn add_slope(row: &mut [f32], slope: f32, first: usize, position: usize) {
+fn add_slope(row: &mut [f32], slope: f32, rounded: Option<f32>, first: usize, position: usize) {
     for (j, s) in row.iter_mut().enumerate() {
-        *s += slope * ((first + j) as f32 - position as f32);
+        *s += match rounded {
+            None => slope * ((first + j) as f32 - position as f32),
+            // Rounding makes distances unequal, so the key's own position must be taken, as the reference does.
+            Some(by) => by * half::bf16::from_f32(slope * (first + j) as f32).to_f32(),
+        };
     }
 }
 

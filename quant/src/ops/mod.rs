@@ -16,6 +16,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// gpt-oss's gate: `min(x, 7) * sigmoid(1.702 min(x, 7))`, and what it gates becomes `clamp(up, -7, 7) + 1`.
+    ClampedSilu,
 }
 
 /// Which columns of a head rotary positions turn together.
@@ -25,4 +27,6 @@ pub enum RopeLayout {
     Half,
     /// Pairs `(2i, 2i + 1)`.
     Interleaved,
+    /// Each half of the columns by itself: pairs `(i, i + r/4)` and `(r/2 + i, 3r/4 + i)`.
+    TwoHalves,
 }

@@ -5,6 +5,9 @@ use crate::threads::Disjoint;
 /// Numbers that one task of an element-wise step handles: less is not worth a hand-out.
 const GRAIN: usize = 16384;
 
+/// What is done to each row: its number, what it is, what is made of it.
+type EachRow<'a> = dyn Fn(usize, &[f32], &mut [f32]) + Sync + 'a;
+
 impl Cpu {
     /// `out[r, i] = x[r, order[i]]` for rows of `order.len()` columns.
     ///
@@ -29,7 +32,7 @@ impl Cpu {
     }
 
     /// Rows of `width`: `out = (x - mean) / sqrt(variance + eps) * weight + bias` (Ba et al. 2016); an absent weight
-    /// is 1, an absent bias 0.
+    /// is 1, an absent bias 0. Weights of several widths serve as many rows in turn: heads with weights of their own.
     pub fn layer_norm(
         &self,
         x: &[f32],
@@ -40,7 +43,11 @@ impl Cpu {
         out: &mut [f32],
     ) {
         let lanes = &self.kernels.lanes;
-        self.rows(width, x, out, &|x, out| {
+        let turn = |weights: &'_ [f32], row: usize| {
+            let at = row % (weights.len() / width).max(1) * width;
+            at..at + width
+        };
+        self.numbered_rows(width, x, out, &|row, x, out| {
             let mean = (lanes.sum)(x) / x.len() as f32;
             for (o, x) in out.iter_mut().zip(x) {
                 *o = x - mean;
@@ -48,17 +55,17 @@ impl Cpu {
             let variance = (lanes.sum_squares)(out) / x.len() as f32;
             (lanes.scale)(1.0 / (variance + eps).sqrt(), out);
             if let Some(weight) = weight {
-                for (o, w) in out.iter_mut().zip(weight) {
+                for (o, w) in out.iter_mut().zip(&weight[turn(weight, row)]) {
                     *o *= w;
                 }
             }
             if let Some(bias) = bias {
-                (lanes.add)(bias, out);
+                (lanes.add)(&bias[turn(bias, row)], out);
             }
         });
     }
 
-    /// Turns the first `rotary` columns of each head of `head_dim` columns by the row's angles. `x` is
+    /// Turns `rotary` columns, from column `first` on, of each head of `head_dim` columns by the row's angles. `x` is
     /// `[rows, row_width]`, `cos` and `sin` are `[rows, rotary / 2]` (Su et al. 2021).
     pub fn rope(
         &self,
@@ -67,11 +74,12 @@ impl Cpu {
         head_dim: usize,
         cos: &[f32],
         sin: &[f32],
+        first: usize,
         rotary: usize,
         layout: RopeLayout,
     ) {
         let half = rotary / 2;
-        assert!(rotary <= head_dim && row_width.is_multiple_of(head_dim), "rotary columns outside of the head");
+        assert!(first + rotary <= head_dim && row_width.is_multiple_of(head_dim), "rotary columns outside of the head");
         let rows = x.len() / row_width.max(1);
         let rotate = self.kernels.lanes.rotate;
         let x = Disjoint::new(x);
@@ -81,13 +89,21 @@ impl Cpu {
                 let row = unsafe { x.slice(r * row_width..(r + 1) * row_width) };
                 let (cos, sin) = (&cos[r * half..(r + 1) * half], &sin[r * half..(r + 1) * half]);
                 for head in row.chunks_exact_mut(head_dim) {
+                    let head = &mut head[first..first + rotary];
                     match layout {
                         RopeLayout::Half => {
-                            let (a, b) = head[..rotary].split_at_mut(half);
+                            let (a, b) = head.split_at_mut(half);
                             rotate(a, b, cos, sin);
                         }
+                        RopeLayout::TwoHalves => {
+                            let quarter = half / 2;
+                            for (i, part) in head.chunks_exact_mut(half).enumerate() {
+                                let (a, b) = part.split_at_mut(quarter);
+                                rotate(a, b, &cos[i * quarter..][..quarter], &sin[i * quarter..][..quarter]);
+                            }
+                        }
                         RopeLayout::Interleaved => {
-                            for ((pair, c), s) in head[..rotary].as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+                            for ((pair, c), s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
                                 let [a, b] = *pair;
                                 *pair = [a * c - b * s, a * s + b * c];
                             }
@@ -142,6 +158,11 @@ impl Cpu {
         self.elements(x, GRAIN / 4, &|_, x| (self.kernels.lanes.soft_cap)(cap, x));
     }
 
+    /// `x` no further than `limit` from 0.
+    pub fn clamp(&self, x: &mut [f32], limit: f32) {
+        self.elements(x, GRAIN, &|_, x| x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
+    }
+
     /// f32 to f16 bits, round to nearest even.
     pub fn store_f16(&self, src: &[f32], dst: &mut [u16]) {
         (self.kernels.f32_to_f16)(src, dst);
@@ -153,6 +174,10 @@ impl Cpu {
     }
 
     fn rows(&self, width: usize, x: &[f32], out: &mut [f32], each: &(dyn Fn(&[f32], &mut [f32]) + Sync)) {
+        self.numbered_rows(width, x, out, &|_, x, out| each(x, out));
+    }
+
+    fn numbered_rows(&self, width: usize, x: &[f32], out: &mut [f32], each: &EachRow<'_>) {
         assert_eq!(x.len(), out.len(), "output differs in size");
         let width = width.max(1);
         let shared = Disjoint::new(out);
@@ -160,7 +185,7 @@ impl Cpu {
             for r in rows {
                 let range = r * width..(r + 1) * width;
                 // SAFETY: a row belongs to one task.
-                each(&x[range.clone()], unsafe { shared.slice(range) });
+                each(r, &x[range.clone()], unsafe { shared.slice(range) });
             }
         });
     }
