@@ -27,7 +27,7 @@ fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
 fn pickle(class: &str, elements: u8, offset: u8, shape: [u8; 2], stride: [u8; 2]) -> Vec<u8> {
     let mut code = b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\n".to_vec();
     code.extend(class.as_bytes());
-    code.extend(b"\nX\x01\0\0\00X\x03\0\0\0cpu");
+    code.extend(b"\nX\x01\0\0\x000X\x03\0\0\0cpu");
     code.extend([b'K', elements, b't', b'Q', b'K', offset, b'K', shape[0], b'K', shape[1], 0x86]);
     code.extend([b'K', stride[0], b'K', stride[1], 0x86, 0x89, b'N', b't', b'R', b's', b'.']);
     code
