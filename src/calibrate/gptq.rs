@@ -8,9 +8,11 @@ use crate::quantize::scratch::{Fingerprint, Scratch};
 use anyhow::{Result, bail};
 use rushlight_models::checkpoint::{Bytes, Checkpoint};
 use rushlight_models::convert::Source;
-use rushlight_models::model::Model;
+use rushlight_models::families::{Naming, Role};
+use rushlight_models::model::{Linear, Model};
 use rushlight_models::tokenizer::Tokenizer;
 use rushlight_quant::Cpu;
+use rushlight_quant::formats::{Format, grid};
 use rushlight_quant::quantize::{Codes, GptqOptions, Grid, gptq};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -75,29 +77,96 @@ pub fn quantize(
     if targets.is_empty() {
         bail!("{}: nothing here is for GPTQ: use --method rtn", checkpoint.path().display());
     }
+    run(model, tokenizer, &targets, &|format| Grid::Blocks(format), scratch, options, progress)
+}
+
+/// Quantizes `layers` (by their names in `checkpoint`, without `.weight`) to symmetric integer codes of `bits` in groups
+/// of `group` inputs, and leaves them in `scratch` as rows of [`group_format`].
+pub fn quantize_groups(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    layers: &[String],
+    (bits, group): (u32, usize),
+    scratch: &Scratch,
+    options: &Options<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
+    let model = Model::load(checkpoint)?;
+    let format = group_format(bits);
+    let names: HashMap<usize, String> = layer_names(checkpoint, &model).into_iter().collect();
+    let wanted = names.into_iter().filter(|(_, name)| layers.contains(name));
+    let targets = wanted.map(|(id, name)| (id, Target { name, format, rows: None })).collect();
+    let grid = Grid::Group { bits, group, symmetric: true };
+    run(model, tokenizer, &targets, &|_| grid, scratch, options, progress)
+}
+
+/// The block format in which symmetric codes of `bits` are kept: its scale is the group's, again in each block of 32.
+pub fn group_format(bits: u32) -> Format {
+    if bits == 8 { Format::Q8_0 } else { Format::Q4_0 }
+}
+
+/// The id and the name (without `.weight`) of each linear layer that is a tensor of its own in a Hugging Face directory;
+/// the head, which is usually left as it is, is not among them.
+pub fn layer_names(checkpoint: &Checkpoint, model: &Model) -> Vec<(usize, String)> {
+    let name = |l: &Linear| {
+        let name = model.family.name(Naming::HuggingFace, l.role, l.layer)?;
+        let info = checkpoint.find(&format!("{name}.weight"))?;
+        (info.shape == [l.weight.rows(), l.weight.cols()]).then_some((l.id, name))
+    };
+    model.linears().filter(|l| l.role != Role::Head).filter_map(name).collect()
+}
+
+/// Has GPTQ make `targets` on the grid that `grid` has for a target's format.
+fn run(
+    model: Model,
+    tokenizer: &Tokenizer,
+    targets: &HashMap<usize, Target>,
+    grid: &dyn Fn(Format) -> Grid,
+    scratch: &Scratch,
+    options: &Options<'_>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<()> {
     let sequences = sequences(&model, tokenizer, scratch, options, progress)?;
     let run = Run {
         model,
         threads: options.threads,
         sequences: &sequences,
-        targets: &targets,
+        targets,
         scratch,
         memory: options.memory,
         stop: options.stop,
     };
     let mut one = |cpu: &Cpu, job: &Job<'_>| {
-        let name = &job.target.name;
-        let grid = Grid::Blocks(job.target.format);
-        let done = gptq(cpu, job.weights, job.rows.len(), job.hessian, job.held_out, grid, &options.gptq)
+        let (name, format) = (&job.target.name, job.target.format);
+        let done = gptq(cpu, job.weights, job.rows.len(), job.hessian, job.held_out, grid(format), &options.gptq)
             .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
         let (got, rounded) = done.held_out.unwrap_or((done.objective, done.rounded));
         tracing::info!("{name}: {:.1} % of the error of rounding", 100.0 * got / rounded.max(f64::MIN_POSITIVE));
         match done.codes {
             Codes::Blocks(packed) => Ok(packed),
-            Codes::Groups { .. } => bail!("{name}: groups of codes for a block format"),
+            Codes::Groups { codes, scales, zeros, group_of } => pack_groups(format, &codes, &scales, &zeros, &group_of)
+                .ok_or_else(|| anyhow::anyhow!("{name}: its groups are not whole blocks of 32 inputs")),
         }
     };
     run.run(&mut one, &mut |state| progress(Progress::Layers(state)))
+}
+
+/// Rows of codes as blocks of `format`; `None` where a block of 32 would belong to more than one group.
+fn pack_groups(format: Format, codes: &[u8], scales: &[f32], zeros: &[u8], group_of: &[u32]) -> Option<Vec<u8>> {
+    let (cols, bytes) = (group_of.len(), format.block_bytes());
+    let rows = codes.len().checked_div(cols)?;
+    let groups = scales.len().checked_div(rows)?;
+    let whole = cols.is_multiple_of(32) && group_of.chunks(32).all(|part| part.iter().all(|g| *g == part[0]));
+    if !whole {
+        return None;
+    }
+    let mut packed = vec![0; codes.len() / 32 * bytes];
+    for (i, (codes, block)) in codes.as_chunks::<32>().0.iter().zip(packed.chunks_exact_mut(bytes)).enumerate() {
+        let (row, block_of_row) = (i / (cols / 32), i % (cols / 32));
+        let group = row * groups + group_of[block_of_row * 32] as usize;
+        grid::put(format, codes, zeros[group].into(), scales[group], block);
+    }
+    Some(packed)
 }
 
 /// What `plan` has for each linear layer of `model` that is for GPTQ.

@@ -1,6 +1,7 @@
 //! Quantizing: from any checkpoint to a smaller GGUF file.
 
 pub mod allocate;
+pub mod directory;
 pub mod memory;
 pub mod mix;
 pub mod name;

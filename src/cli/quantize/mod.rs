@@ -1,5 +1,6 @@
 //! `rushlight quantize`: a smaller file of a model.
 
+mod directory;
 mod summary;
 
 use self::summary::{Summary, print, summarize};
@@ -9,6 +10,7 @@ use crate::calibrate::compare::{Chunks, compare};
 use crate::calibrate::{gptq, sensitivity, text};
 use crate::engine::{Engine, model};
 use crate::quantize::allocate::fit;
+use crate::quantize::directory::Weights;
 use crate::quantize::memory::{parse_size, total};
 use crate::quantize::name::Naming;
 use crate::quantize::output;
@@ -48,9 +50,13 @@ pub struct Args {
     output: Option<PathBuf>,
     /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS MXFP4_MOE Q3_K_L Q3_K_M
     /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes,
-    /// with embedding and output matrix in Q8_0
-    #[arg(short, long = "type", value_name = "TYPE", value_parser = Target::parse)]
-    target: Option<Target>,
+    /// with embedding and output matrix in Q8_0. int4, int8 (by GPTQ, as GPTQModel and transformers load it) and nf4 (as
+    /// bitsandbytes does) make a Hugging Face directory of one
+    #[arg(short, long = "type", value_name = "TYPE", value_parser = Type::parse)]
+    target: Option<Type>,
+    /// For int4 and int8: inputs that share a scale, or -1 for whole rows
+    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1 << 20))]
+    group_size: i64,
     /// Choose a format for each tensor, so that the file takes at most SIZE, such as 3.5GB, and loses the least: what the
     /// rounding of each tensor does to the model's predictions is measured first
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["target", "bpw", "pure"])]
@@ -60,7 +66,13 @@ pub struct Args {
     bpw: Option<f64>,
     /// How codes are chosen. rtn: to the nearest. gptq: layer by layer so that outputs change least on a calibration
     /// text, which takes far longer and loses far less
-    #[arg(long, value_enum, default_value_t = Method::Rtn)]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "rtn",
+        default_value_if("target", "int4", "gptq"),
+        default_value_if("target", "int8", "gptq")
+    )]
     method: Method,
     /// The text that GPTQ, --size and --bpw calibrate on, instead of the built-in one with texts that the model writes itself
     #[arg(long, value_name = "FILE")]
@@ -108,19 +120,40 @@ enum Method {
     Gptq,
 }
 
+/// What `--type` names.
+#[derive(Clone, Copy, Debug)]
+enum Type {
+    Gguf(Target),
+    Directory(Weights),
+}
+
+impl Type {
+    fn parse(name: &str) -> Result<Type, String> {
+        match Weights::parse(name) {
+            Some(weights) => Ok(Type::Directory(weights)),
+            None => Target::parse(name).map(Type::Gguf).map_err(|e| format!("{e} int8 int4 nf4")),
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let started = Instant::now();
     let store = Store::open()?;
     let source = store.resolve(&args.model)?;
     let checkpoint = Checkpoint::open(&source)?;
+    let named = match args.target {
+        Some(Type::Directory(weights)) => return directory::run(args, global, &checkpoint, weights, started),
+        Some(Type::Gguf(target)) => Some(target),
+        None => None,
+    };
     let imatrix =
         args.imatrix.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Imatrix::read(path)?))).transpose()?;
     let given = imatrix.as_ref().map(|(path, imatrix)| GivenImatrix { path, imatrix });
     let fitting = args.size.is_some() || args.bpw.is_some();
     let natural = if fitting { None } else { Target::natural(&checkpoint) };
     let default = if fitting { Target::MIX } else { Target::DEFAULT };
-    let target = args.target.or(natural).unwrap_or(default);
+    let target = named.or(natural).unwrap_or(default);
     // A type that was chosen to change nothing should not spoil what the other tool has left in floats either.
     let fine = (args.target.is_none() && natural.is_some()).then_some(Format::Q8_0);
     let wishes = Wishes {
@@ -204,6 +237,28 @@ fn calibrated(
     memory: u64,
     stop: &AtomicBool,
 ) -> Result<Scratch> {
+    let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
+    let fingerprint = Fingerprint::default().with("type", plan.target.name).with("formats", hash(formats.join("\n")));
+    with_gptq(args, global, fingerprint, checkpoint, output, memory, stop, &mut |tokenizer, scratch, options, at| {
+        gptq::quantize(checkpoint, tokenizer, plan, scratch, options, at)
+    })
+}
+
+/// What runs GPTQ once all that it needs is at hand.
+type RunGptq<'a> =
+    dyn FnMut(&Tokenizer, &Scratch, &gptq::Options<'_>, &mut dyn FnMut(gptq::Progress)) -> Result<()> + 'a;
+
+/// Has `run` fill the scratch folder of `output`, which may hold what an earlier run of the same `fingerprint` finished.
+fn with_gptq(
+    args: &Args,
+    global: &Global,
+    fingerprint: Fingerprint,
+    checkpoint: &Checkpoint,
+    output: &Path,
+    memory: u64,
+    stop: &AtomicBool,
+    run: &mut RunGptq<'_>,
+) -> Result<Scratch> {
     let text = args.calib.as_deref().map(|path| Ok::<_, anyhow::Error>((read_text(path)?, path))).transpose()?;
     let name = text.as_ref().map(|(_, path)| path.display().to_string()).unwrap_or_default();
     let options = gptq::Options {
@@ -215,16 +270,11 @@ fn calibrated(
     };
     let tokenizer = tokenizer(checkpoint)?;
     options.check(&tokenizer)?;
-    let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
-    let fingerprint = Fingerprint::default()
-        .with("method", "gptq")
-        .with("type", plan.target.name)
-        .with("formats", hash(formats.join("\n")))
-        .with_files("source", checkpoint.path())?;
+    let fingerprint = fingerprint.with("method", "gptq").with_files("source", checkpoint.path())?;
     let scratch = Scratch::open(output, &options.fingerprint(fingerprint))?;
     // In thousandths, for the time left.
     let (mut writing, mut layers) = (None, None);
-    gptq::quantize(checkpoint, &tokenizer, plan, &scratch, &options, &mut |at| match at {
+    run(&tokenizer, &scratch, &options, &mut |at| match at {
         gptq::Progress::Writing(step, of) => {
             let bar = writing.get_or_insert_with(|| Progress::count(global.quiet, "writing a text", of as u64));
             bar.at(step as u64, "");
