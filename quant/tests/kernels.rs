@@ -152,8 +152,9 @@ fn check_matmul(format: Format, n: usize, rows: usize, cols: usize, seed: u64) {
             let mut out = vec![f32::NAN; n * rows];
             cpu.matmul(phase, &x, n, &[matrix], &mut [&mut out]);
             for (i, ((got, want), size)) in out.iter().zip(&want).zip(&size).enumerate() {
-                // A minimum is added and taken off again: errors are relative to the larger terms.
-                let room = 1e-5 * size + 1e-6;
+                // A minimum is added and taken off again: errors are relative to the larger terms. And where what an 8-bit
+                // code left over lies half way between two codes, f32 and f64 may choose differently: 2^-15 of a column.
+                let room = 3e-5 * size + 1e-6;
                 assert!(
                     (f64::from(*got) - want).abs() <= room,
                     "{format} {phase:?} {} [{n}x{cols}] x [{rows}x{cols}]: {i} is {got}, not {want} (of {size})",
