@@ -9,3 +9,4 @@ pub mod engine;
 pub mod pull;
 pub mod quantize;
 pub mod store;
+pub mod train;

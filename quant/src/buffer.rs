@@ -75,6 +75,20 @@ impl<T: Number> Default for Aligned<T> {
     }
 }
 
+impl<T: Number> Clone for Aligned<T> {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeroed(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
+impl<T: Number> std::fmt::Debug for Aligned<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Aligned({} numbers)", self.len)
+    }
+}
+
 impl<T: Number> Drop for Aligned<T> {
     fn drop(&mut self) {
         if self.len > 0 {

@@ -1,0 +1,1 @@
+//! The decoder recorded: loss and gradients.
