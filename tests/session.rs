@@ -6,6 +6,7 @@ use rushlight::engine::answer::Finish;
 use rushlight::engine::loaded::Loaded;
 use rushlight::engine::session::{Ask, Event, Message, Reply, Session};
 use rushlight::engine::settings::Sampling;
+use rushlight::engine::speculate::Speculator;
 use rushlight::engine::{Engine, Options};
 use rushlight_models::tokenizer::Specials;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,4 +160,58 @@ fn stop_strings_are_not_shown() {
     let cut = talk.ask("Hello", &Ask { stop: vec![stop.clone()], ..greedy(Some(30)) }).unwrap();
     assert_eq!(cut.finish, Finish::StopString);
     assert_eq!(cut.text, whole[..whole.find(&stop).unwrap()]);
+}
+
+#[test]
+fn guessing_ahead_changes_no_token() {
+    let sampled = |seed| {
+        let sampling =
+            Sampling { seed: Some(seed), temperature: 0.8, logit_bias: vec![(257, -1000.0)], ..Sampling::default() };
+        Ask { sampling, max_tokens: Some(60), ..Ask::default() }
+    };
+    // Short periods, as greedy answers of a random model have, let n-grams guess well; a copy of the model always.
+    for ask in [greedy(Some(60)), sampled(1), sampled(2)] {
+        let plain = Talk::new(None).ask("abcabcabcabcab", &ask).unwrap();
+        for by in ["ngram", "model"] {
+            let mut talk = Talk::new(None);
+            let tokenizer = Loaded::open(talk._dir.path(), &Options::default()).unwrap().tokenizer;
+            talk.session.speculate(match by {
+                "ngram" => Speculator::ngram(5),
+                _ => Speculator::model(talk._dir.path(), &tokenizer, &Options::default(), 5).unwrap(),
+            });
+            let reply = talk.ask("abcabcabcabcab", &ask).unwrap();
+            assert_eq!((&reply.text, reply.tokens), (&plain.text, plain.tokens), "{by}");
+            let said = talk.session.messages()[1].content.clone();
+            assert_eq!(said, plain.text);
+            assert!(reply.guesses.accepted <= reply.guesses.guessed);
+            if by == "model" && ask.sampling.temperature == 0.0 {
+                // The draft is the model itself: it is wrong where another phase of it rounds otherwise, if ever.
+                assert!(reply.guesses.guessed == 0 || reply.guesses.accepted > 0, "{:?}", reply.guesses);
+            }
+            // The conversation goes on from a cache that holds the right tokens.
+            let next = talk.ask("Go on", &ask).unwrap();
+            let mut fresh = Talk::new(None);
+            *fresh.session.messages() = talk.session.messages()[..2].to_vec();
+            assert_eq!(fresh.ask("Go on", &ask).unwrap().text, next.text, "{by}");
+        }
+    }
+}
+
+#[test]
+fn guesses_are_checked_with_the_bits_of_single_steps() {
+    let mut one = Talk::new(None);
+    let mut many = Talk::new(None);
+    one.engine.prompt(0, &one.prompt, &mut |_| true).unwrap();
+    many.engine.prompt(0, &many.prompt, &mut |_| true).unwrap();
+    let ids = [5u32, 9, 70, 33, 2];
+    let logits = many.engine.step_ahead(0, ids[0], &ids[1..]).unwrap();
+    assert_eq!(logits.rows(), ids.len());
+    for (row, id) in ids.iter().enumerate() {
+        assert_eq!(one.engine.step(&[(0, *id)]).unwrap(), logits.row(row), "row {row}");
+    }
+    // At the end of the context only what fits is taken.
+    let left = CONTEXT - many.engine.len(0);
+    many.engine.prompt(0, &vec![1; left - 2], &mut |_| true).unwrap();
+    assert_eq!(many.engine.step_ahead(0, 1, &[1, 1, 1, 1]).unwrap().rows(), 2);
+    assert!(many.engine.step_ahead(0, 1, &[1]).is_err());
 }

@@ -17,7 +17,7 @@ mod quantize;
 mod run;
 mod tokenize;
 
-pub use options::{Global, ModelOptions, SamplingOptions};
+pub use options::{DraftOptions, Global, ModelOptions, SamplingOptions};
 pub use progress::Progress;
 
 use clap::{Parser, Subcommand};

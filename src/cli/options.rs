@@ -1,9 +1,10 @@
 //! Options that several commands share.
 
 use super::Usage;
-use crate::engine::Options;
 use crate::engine::constraint::{Constraint, Rule};
 use crate::engine::settings::Sampling;
+use crate::engine::speculate::{DEFAULT_MOST, Speculator};
+use crate::engine::{Engine, Options};
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -67,6 +68,36 @@ impl ModelOptions {
         let adapters = self.adapters.clone();
         Options { threads: self.threads.map(NonZeroUsize::get), context, slots: 1, adapters, ..Options::default() }
     }
+}
+
+/// Guessing ahead.
+#[derive(Clone, Debug, Args)]
+pub struct DraftOptions {
+    /// Guess ahead, for the same answer sooner: by a smaller model with the same tokens, or `ngram`, by what the text
+    /// said before (for summaries, code and other answers that repeat)
+    #[arg(long = "draft", value_name = "MODEL|ngram")]
+    pub source: Option<String>,
+    /// Most tokens guessed at a time
+    #[arg(long = "draft-max", value_name = "N", default_value_t = DEFAULT_MOST, requires = "source",
+        value_parser = most_guesses)]
+    pub most: usize,
+}
+
+impl DraftOptions {
+    /// Whoever guesses for `engine`.
+    pub fn speculator(&self, tokenizer: &Tokenizer, engine: &Engine) -> Result<Option<Speculator>> {
+        let Some(source) = &self.source else { return Ok(None) };
+        if source == "ngram" {
+            return Ok(Some(Speculator::ngram(self.most)));
+        }
+        let path = Store::open()?.resolve(source).context("--draft")?;
+        let options = Options { threads: Some(engine.threads()), context: None, slots: 1, ..Options::default() };
+        Speculator::model(&path, tokenizer, &options, self.most).map(Some)
+    }
+}
+
+fn most_guesses(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| (1..=64).contains(n)).ok_or_else(|| "a number from 1 to 64 is needed".into())
 }
 
 /// `A[=SCALE]`. A file of just that name comes first, so that any path can be given.

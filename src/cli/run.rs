@@ -1,10 +1,10 @@
 //! `rushlight run`: one answer, and nothing else, to standard output.
 
 use super::options::read_text;
-use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, print_json};
+use super::{DraftOptions, Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, print_json};
 use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
-use crate::engine::session::{Ask, Event, Message, Session};
+use crate::engine::session::{Ask, Event, Message, Reply, Session};
 use anyhow::{Result, ensure};
 use rushlight_models::tokenizer::Specials;
 use std::io::Write;
@@ -45,6 +45,8 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    draft: DraftOptions,
+    #[command(flatten)]
     sampling: SamplingOptions,
 }
 
@@ -71,6 +73,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     };
     let constrained = ask.constraint.is_some();
     let mut session = Session::new(tokenizer.clone(), template, 0);
+    if let Some(speculator) = args.draft.speculator(&tokenizer, &loaded.engine)? {
+        session.speculate(speculator);
+    }
 
     let mut out = std::io::stdout().lock();
     let mut failed = None;
@@ -121,15 +126,18 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             "tokens": reply.tokens,
             "prompt_tokens_per_second": prompt_rate,
             "tokens_per_second": token_rate,
+            "guessed": reply.guesses.guessed,
+            "accepted": reply.guesses.accepted,
             "seed": reply.seed,
         }))?;
     } else if !ends_line {
         writeln!(out)?;
     }
     tracing::info!(
-        "prompt {} tokens, {prompt_rate:.1}/s; answer {} tokens, {token_rate:.1}/s; seed {}",
+        "prompt {} tokens, {prompt_rate:.1}/s; answer {} tokens, {token_rate:.1}/s{}; seed {}",
         reply.prompt_tokens,
         reply.tokens,
+        guesses(&reply),
         reply.seed
     );
     match reply.finish {
@@ -144,5 +152,13 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+/// What guessing ahead came to, where there was any: `, 12 of 20 guesses right`.
+pub fn guesses(reply: &Reply) -> String {
+    match reply.guesses.guessed {
+        0 => String::new(),
+        guessed => format!(", {} of {guessed} guesses right", reply.guesses.accepted),
     }
 }

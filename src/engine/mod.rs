@@ -10,6 +10,7 @@ pub mod random;
 pub mod sampler;
 pub mod session;
 pub mod settings;
+pub mod speculate;
 pub mod stop;
 
 pub use model::{DEFAULT_CONTEXT, Engine, Memory, Options};

@@ -275,6 +275,45 @@ impl Engine {
         self.last_logits()
     }
 
+    /// Puts one token behind what `slot` holds, and behind it `guesses` of those that follow; logits of each, a row for
+    /// the token and for each guess that could be taken. They are the same bits as of [`Engine::step`] by
+    /// [`Engine::step`]. Guesses that turn out wrong are to be cut off by [`Engine::truncate`].
+    pub fn step_ahead(&mut self, slot: usize, id: u32, guesses: &[u32]) -> Result<&Activations> {
+        let mut ids = vec![id];
+        ids.extend_from_slice(guesses);
+        self.check(slot, &ids)?;
+        if self.len(slot) >= self.context {
+            bail!("the context of {} tokens is full", self.context);
+        }
+        self.prepare_step(slot, id)?;
+        let room = self.context - self.len(slot);
+        ids.truncate(room.min(1 + self.alike(slot, id, guesses)));
+        let outline = self.held[slot].outline;
+        let sequence = Sequence { slot, start: self.backend.kv.len(slot), len: ids.len(), outline };
+        let batch = Batch { ids: &ids, sequences: &[sequence], phase: Phase::Generate };
+        let hidden = decoder::hidden(&self.model, &mut self.backend, &batch)?;
+        self.head(&hidden)?;
+        self.backend.kv.set_len(slot, sequence.start + ids.len());
+        self.held[slot].ids.extend_from_slice(&ids);
+        self.logits.as_ref().ok_or_else(|| anyhow!("no logits were computed"))
+    }
+
+    /// How many of `guesses` behind `id` leave the outline of `slot` as it is.
+    fn alike(&mut self, slot: usize, id: u32, guesses: &[u32]) -> usize {
+        let held = self.held[slot].ids.len();
+        self.held[slot].ids.push(id);
+        let mut count = 0;
+        for &guess in guesses {
+            self.held[slot].ids.push(guess);
+            if self.stepped(slot) != self.held[slot].outline {
+                break;
+            }
+            count += 1;
+        }
+        self.held[slot].ids.truncate(held);
+        count
+    }
+
     /// Forgets all positions of `slot` from `len` on.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         if len < self.len(slot) {
@@ -342,18 +381,24 @@ impl Engine {
 
     /// The same for one generated token, which does not change the base of rotary embeddings that grows step by step.
     fn prepare_step(&mut self, slot: usize, id: u32) -> Result<()> {
-        let (spec, held) = (&self.model.spec, &mut self.held[slot]);
-        held.ids.push(id);
-        let outline = self.model.outline(&held.ids);
+        self.held[slot].ids.push(id);
+        let outline = self.stepped(slot);
+        let held = &mut self.held[slot];
         held.ids.pop();
-        let restarts = spec.ropes.iter().any(|rope| rope.scaling.restarts());
-        let same = Outline { length: if restarts { outline.length } else { held.outline.length }, ..outline };
         if held.ids.is_empty() {
-            held.outline = outline;
-        } else if held.outline != same {
+            held.outline = self.model.outline(&[id]);
+        } else if held.outline != outline {
             return self.prepare(slot, &[id]);
         }
         Ok(())
+    }
+
+    /// The outline of what `slot` holds, were its last tokens generated ones.
+    fn stepped(&self, slot: usize) -> Outline {
+        let held = &self.held[slot];
+        let outline = self.model.outline(&held.ids);
+        let restarts = self.model.spec.ropes.iter().any(|rope| rope.scaling.restarts());
+        Outline { length: if restarts { outline.length } else { held.outline.length }, ..outline }
     }
 
     /// How many of the `left` rows of a prompt go through the model together. A context that is seen whole stays in one

@@ -4,8 +4,10 @@
 use super::Engine;
 use super::answer::{Answer, Finish};
 use super::constraint::Constraint;
+use super::cpu::Activations;
 use super::sampler::Sampler;
 use super::settings::Sampling;
+use super::speculate::{Acceptance, Speculator};
 use anyhow::{Result, bail, ensure};
 use rushlight_models::tokenizer::{ChatTemplate, RenderOptions, Tokenizer};
 use serde::{Deserialize, Serialize};
@@ -77,6 +79,8 @@ pub struct Reply {
     pub tokens: usize,
     /// Time to make them.
     pub time: Duration,
+    /// Tokens guessed ahead on the way, and how many rightly.
+    pub guesses: Acceptance,
     /// The seed behind them.
     pub seed: u64,
 }
@@ -89,12 +93,18 @@ pub struct Session {
     /// The tokens whose keys and values the slot holds.
     cache: Vec<u32>,
     messages: Vec<Message>,
+    speculator: Option<Speculator>,
 }
 
 impl Session {
     /// An empty conversation in `slot`.
     pub fn new(tokenizer: Arc<Tokenizer>, template: Option<Arc<ChatTemplate>>, slot: usize) -> Session {
-        Session { tokenizer, template, slot, cache: Vec::new(), messages: Vec::new() }
+        Session { tokenizer, template, slot, cache: Vec::new(), messages: Vec::new(), speculator: None }
+    }
+
+    /// Has `speculator` guess ahead: the same answers, sooner where it guesses well.
+    pub fn speculate(&mut self, speculator: Speculator) {
+        self.speculator = Some(speculator);
     }
 
     /// What was said; it may be changed at will between answers.
@@ -261,6 +271,7 @@ impl Session {
             prompt_time,
             tokens: answer.ids().len(),
             time: start.elapsed(),
+            guesses: self.speculator.as_mut().map(Speculator::take).unwrap_or_default(),
             seed: answer.seed(),
         })
     }
@@ -285,11 +296,55 @@ impl Session {
                 }
                 return Ok(());
             }
-            let logits = engine.step(&[(self.slot, id)])?;
-            self.cache.push(id);
-            next = answer.next(logits, &mut |text| event(Event::Text(text)))?;
+            let guesses = self.guess(engine, id)?;
+            if guesses.is_empty() {
+                let logits = engine.step(&[(self.slot, id)])?;
+                self.cache.push(id);
+                next = answer.next(logits, &mut |text| event(Event::Text(text)))?;
+            } else {
+                let logits = engine.step_ahead(self.slot, id, &guesses)?;
+                self.cache.push(id);
+                let outcome = self.check(answer, logits, &guesses, event);
+                // What was guessed wrongly must not stay, whatever happens.
+                engine.truncate(self.slot, self.cache.len());
+                next = outcome?;
+            }
         }
         Ok(())
+    }
+
+    /// Tokens that may follow once `id` is read.
+    fn guess(&mut self, engine: &Engine, id: u32) -> Result<Vec<u32>> {
+        let Some(speculator) = &mut self.speculator else { return Ok(Vec::new()) };
+        let room = engine.context().saturating_sub(self.cache.len() + 1);
+        self.cache.push(id);
+        let guesses = speculator.guess(&self.cache, room);
+        self.cache.pop();
+        guesses
+    }
+
+    /// Goes on with the answer as long as it says what was guessed; the first token that is not yet read.
+    fn check(
+        &mut self,
+        answer: &mut Answer,
+        logits: &Activations,
+        guesses: &[u32],
+        event: &mut dyn FnMut(Event),
+    ) -> Result<Option<u32>> {
+        let guesses = &guesses[..logits.rows() - 1];
+        let mut accepted = 0;
+        let next = loop {
+            let next = answer.next(logits.row(accepted), &mut |text| event(Event::Text(text)))?;
+            match guesses.get(accepted) {
+                Some(&guess) if next == Some(guess) => self.cache.push(guess),
+                _ => break next,
+            }
+            accepted += 1;
+        };
+        if let Some(speculator) = &mut self.speculator {
+            speculator.learn(guesses.len(), accepted);
+        }
+        Ok(next)
     }
 
     /// In the middle of an answer: drops the oldest turns and keeps the rest of the cache. False: nothing to drop.

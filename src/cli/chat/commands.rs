@@ -2,6 +2,7 @@
 
 use super::Talk;
 use crate::cli::options::adapter;
+use crate::cli::run::guesses;
 use crate::cli::size;
 use crate::engine::session::Message;
 use crate::engine::settings::Sampling;
@@ -238,7 +239,7 @@ fn stats(talk: &mut Talk) -> Result<()> {
             rate(new, r.prompt_time)
         ))?;
         let rate = rate(r.tokens.saturating_sub(1), r.time);
-        talk.say(&format!("answer   {} tokens at {rate:.1} tokens/s (seed {})", r.tokens, r.seed))?;
+        talk.say(&format!("answer   {} tokens at {rate:.1} tokens/s{} (seed {})", r.tokens, guesses(&r), r.seed))?;
     } else {
         talk.say("nothing was answered yet")?;
     }

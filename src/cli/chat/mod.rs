@@ -5,7 +5,7 @@ mod input;
 
 use super::markdown::Markdown;
 use super::run::LONG_PROMPT;
-use super::{Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, one_line};
+use super::{DraftOptions, Global, Interrupted, ModelOptions, Progress, SamplingOptions, interrupt, one_line};
 use crate::engine::Engine;
 use crate::engine::answer::Finish;
 use crate::engine::loaded::Loaded;
@@ -39,6 +39,8 @@ pub struct Args {
     /// Context in tokens (default: the model's, at most 8192)
     #[arg(long, value_name = "N")]
     ctx: Option<std::num::NonZeroUsize>,
+    #[command(flatten)]
+    draft: DraftOptions,
     #[command(flatten)]
     sampling: SamplingOptions,
 }
@@ -74,6 +76,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         constraint: args.sampling.constraint(&loaded.tokenizer)?,
     };
     let mut session = Session::new(loaded.tokenizer.clone(), Some(template), 0);
+    if let Some(speculator) = args.draft.speculator(&loaded.tokenizer, &loaded.engine)? {
+        session.speculate(speculator);
+    }
     session.messages().extend(args.system.iter().map(|s| Message::new("system", s.clone())));
     let mut talk = Talk {
         name: args.model.model.clone(),
