@@ -3,6 +3,7 @@
 mod golden;
 
 use golden::{check_golden, distance, fixture, json, options, shared};
+use rushlight::engine::kv::KvFormat;
 use rushlight::engine::{Engine, Options};
 use rushlight_models::checkpoint::gguf::Writer;
 use rushlight_models::checkpoint::{Checkpoint, Metadata, TensorInfo, Value};
@@ -351,6 +352,27 @@ fn forgotten_positions_leave_the_rest_as_if_they_had_never_been() {
         assert!(distance(engine.step(&[(2, 9)]).unwrap(), &got) > 1e-2, "{name}");
         assert!(engine.forget(0, 50..59).is_err());
         assert!(engine.forget(0, 5..5).is_ok());
+    }
+}
+
+#[test]
+fn keys_and_values_may_be_kept_in_fewer_bits() {
+    let dir = fixture("llama");
+    let ids: Vec<u32> = (0..90).map(|i| (i * 11 + 5) % 320).collect();
+    let mut exact = Engine::open(&dir, &options(&[])).unwrap();
+    let want = exact.prompt(0, &ids, &mut |_| true).unwrap().to_vec();
+    let next = exact.step(&[(0, 9)]).unwrap().to_vec();
+    exact.forget(0, 10..43).unwrap();
+    let moved = exact.step(&[(0, 9)]).unwrap().to_vec();
+    for (kv, room, bytes) in [(KvFormat::F16, 2e-3, 2.0), (KvFormat::Q8, 1e-1, 1.25)] {
+        let mut engine = Engine::open(&dir, &Options { kv: Some(kv), ..options(&[]) }).unwrap();
+        // Heads are 16 wide here: the 4 bytes of a scale fall on 16 codes.
+        assert_eq!(engine.memory().kv_per_token as f64, 2.0 * 2.0 * 2.0 * 16.0 * bytes);
+        let off = distance(engine.prompt(0, &ids, &mut |_| true).unwrap(), &want);
+        assert!(off < room && off > 0.0, "{kv:?}: off by {off}");
+        assert!(distance(engine.step(&[(0, 9)]).unwrap(), &next) < room);
+        engine.forget(0, 10..43).unwrap();
+        assert!(distance(engine.step(&[(0, 9)]).unwrap(), &moved) < room, "{kv:?} after forgetting");
     }
 }
 

@@ -368,6 +368,7 @@ fn attention_of_every_kind() {
     let mut random = Random(9);
     let slopes = [0.5, 0.25, 0.1, 0.05, 0.02, 0.01];
     let sinks = [0.3, -1.0, 2.0, 0.0, 1.0, -0.5];
+    let one = &all()[0];
     for (heads, kv_heads, dim) in [(6, 2, 24), (4, 4, 16), (6, 1, 7), (3, 3, 64)] {
         for kind in 0..8 {
             let value_dim = if kind == 6 { dim + 5 } else { dim };
@@ -391,14 +392,25 @@ fn attention_of_every_kind() {
                 let values = random.normals(kv_heads * capacity * value_dim);
                 let halves = |x: &[f32]| -> Vec<u16> { x.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect() };
                 let (keys16, values16) = (halves(&keys), halves(&values));
+                let eights = |x: &[f32], width: usize| -> (Vec<i8>, Vec<f32>) {
+                    let blocks = width.div_ceil(32);
+                    let (mut codes, mut scales) = (vec![0; x.len()], vec![0.0; x.len() / width * blocks]);
+                    let rows = x.chunks(width).zip(codes.chunks_mut(width)).zip(scales.chunks_mut(blocks));
+                    rows.for_each(|((x, codes), scales)| one.store_q8(x, codes, scales));
+                    (codes, scales)
+                };
+                let (keys8, values8) = (eights(&keys, dim), eights(&values, value_dim));
                 let want = plain_attention(&spec, &q, start, &keys, &values, capacity, context);
                 for cpu in all() {
                     for phase in [Phase::Generate, Phase::Prompt] {
-                        for (half, room) in [(false, 2e-5), (true, 4e-3)] {
-                            let (keys, values) = if half {
-                                (Kv::F16(&keys16), Kv::F16(&values16))
-                            } else {
-                                (Kv::F32(&keys), Kv::F32(&values))
+                        for (bits, room) in [(32, 2e-5), (16, 4e-3), (8, 6e-2)] {
+                            let (keys, values) = match bits {
+                                8 => (
+                                    Kv::Q8 { codes: &keys8.0, scales: &keys8.1, width: dim },
+                                    Kv::Q8 { codes: &values8.0, scales: &values8.1, width: value_dim },
+                                ),
+                                16 => (Kv::F16(&keys16), Kv::F16(&values16)),
+                                _ => (Kv::F32(&keys), Kv::F32(&values)),
                             };
                             let sequence = AttentionSequence { rows: 0..rows, start, keys, values, capacity, context };
                             let mut out = vec![f32::NAN; want.len()];
@@ -406,7 +418,7 @@ fn attention_of_every_kind() {
                             for (got, want) in out.iter().zip(&want) {
                                 assert!(
                                     (f64::from(*got) - want).abs() < room,
-                                    "{spec:?} start {start} rows {rows} {phase:?} f16 {half} {}: {got} not {want}",
+                                    "{spec:?} start {start} rows {rows} {phase:?} {bits} bits {}: {got} not {want}",
                                     cpu.isa().name()
                                 );
                             }

@@ -4,7 +4,7 @@
 //! little of what it is rarely asked for. Both together do best (docs/measurements.md).
 
 use crate::engine::cpu::CpuBackend;
-use crate::engine::kv::{KvCache, KvShape};
+use crate::engine::kv::{KvCache, KvFormat, KvShape};
 use crate::engine::sampler::Sampler;
 use crate::engine::settings::Sampling;
 use anyhow::{Result, anyhow, bail};
@@ -149,7 +149,7 @@ pub fn backend(
         head_dim: spec.head_dim,
         value_dim: spec.value_dim,
         capacity,
-        half: false,
+        format: KvFormat::F32,
     };
     let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
     let cpu = Cpu::new(threads.unwrap_or_else(physical_cores).max(1), isa);

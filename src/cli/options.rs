@@ -2,6 +2,7 @@
 
 use super::Usage;
 use crate::engine::constraint::{Constraint, Rule};
+use crate::engine::kv::KvFormat;
 use crate::engine::settings::Sampling;
 use crate::engine::speculate::{DEFAULT_MOST, Speculator};
 use crate::engine::{Engine, Options};
@@ -55,6 +56,19 @@ pub struct ModelOptions {
     /// An adapter, with its strength if that is not 1; may be repeated
     #[arg(long = "adapter", value_name = "A[=SCALE]", value_parser = adapter)]
     pub adapters: Vec<(PathBuf, f32)>,
+    /// How keys and values are kept: f32, f16, or q8_0, which has room for almost twice the context of f16 (default:
+    /// f16, for models of floats f32)
+    #[arg(long, value_name = "FORMAT", value_parser = kv_format)]
+    pub kv: Option<KvFormat>,
+}
+
+fn kv_format(text: &str) -> Result<KvFormat, String> {
+    match text {
+        "f32" => Ok(KvFormat::F32),
+        "f16" => Ok(KvFormat::F16),
+        "q8_0" | "q8" => Ok(KvFormat::Q8),
+        _ => Err("one of f32, f16, q8_0 is needed".into()),
+    }
 }
 
 impl ModelOptions {
@@ -66,7 +80,8 @@ impl ModelOptions {
     /// Options for the engine.
     pub fn engine(&self, context: Option<usize>) -> Options {
         let adapters = self.adapters.clone();
-        Options { threads: self.threads.map(NonZeroUsize::get), context, slots: 1, adapters, ..Options::default() }
+        let threads = self.threads.map(NonZeroUsize::get);
+        Options { threads, context, slots: 1, adapters, kv: self.kv, ..Options::default() }
     }
 }
 

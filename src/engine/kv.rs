@@ -12,21 +12,47 @@ use std::ops::Range;
 enum Cells {
     F32(Vec<f32>, usize),
     F16(Vec<u16>, usize),
+    /// Codes and scales of rows of a width.
+    Q8(Vec<i8>, Vec<f32>, usize),
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    /// Single precision: what models of floats get by default.
+    F32,
+    /// Half precision: what quantized models get by default.
+    F16,
+    /// 8 bits with a scale for each 32: a little more than half of F16.
+    Q8,
+}
+
+impl KvFormat {
+    /// Bytes of a row of `width` values.
+    fn row_bytes(self, width: usize) -> u64 {
+        match self {
+            KvFormat::F32 => 4 * width as u64,
+            KvFormat::F16 => 2 * width as u64,
+            KvFormat::Q8 => width as u64 + 4 * width.div_ceil(32) as u64,
+        }
+    }
 }
 
 impl Cells {
-    fn new(half: bool, len: usize) -> Cells {
-        match half {
-            true => {
+    fn new(format: KvFormat, rows: usize, width: usize) -> Cells {
+        let len = rows * width;
+        match format {
+            KvFormat::F16 => {
                 let cells = vec![0u16; len + 32];
                 let start = cells.as_ptr().align_offset(64).min(32);
                 Cells::F16(cells, start)
             }
-            false => {
+            KvFormat::F32 => {
                 let cells = vec![0f32; len + 16];
                 let start = cells.as_ptr().align_offset(64).min(16);
                 Cells::F32(cells, start)
             }
+            KvFormat::Q8 => Cells::Q8(vec![0; len], vec![0.0; rows * width.div_ceil(32)], width),
         }
     }
 
@@ -34,6 +60,7 @@ impl Cells {
         match self {
             Cells::F32(cells, start) => Kv::F32(&cells[*start..][..len]),
             Cells::F16(cells, start) => Kv::F16(&cells[*start..][..len]),
+            Cells::Q8(codes, scales, width) => Kv::Q8 { codes, scales, width: *width },
         }
     }
 
@@ -41,6 +68,13 @@ impl Cells {
         match self {
             Cells::F32(cells, start) => cells[*start + at..][..values.len()].copy_from_slice(values),
             Cells::F16(cells, start) => cpu.store_f16(values, &mut cells[*start + at..][..values.len()]),
+            Cells::Q8(codes, scales, width) => {
+                let blocks = width.div_ceil(32);
+                let rows = values.chunks_exact(*width).zip(codes[at..].chunks_exact_mut(*width));
+                for ((values, codes), scales) in rows.zip(scales[at / *width * blocks..].chunks_exact_mut(blocks)) {
+                    cpu.store_q8(values, codes, scales);
+                }
+            }
         }
     }
 
@@ -48,6 +82,13 @@ impl Cells {
         match self {
             Cells::F32(cells, start) => out.copy_from_slice(&cells[*start + at..][..out.len()]),
             Cells::F16(cells, start) => cpu.load_f16(&cells[*start + at..][..out.len()], out),
+            Cells::Q8(codes, scales, width) => {
+                let blocks = width.div_ceil(32);
+                let rows = out.chunks_exact_mut(*width).zip(codes[at..].chunks_exact(*width));
+                for ((out, codes), scales) in rows.zip(scales[at / *width * blocks..].chunks_exact(blocks)) {
+                    cpu.load_q8(codes, scales, out);
+                }
+            }
         }
     }
 
@@ -55,6 +96,11 @@ impl Cells {
         match self {
             Cells::F32(cells, start) => cells.copy_within(*start + from.start..*start + from.end, *start + to),
             Cells::F16(cells, start) => cells.copy_within(*start + from.start..*start + from.end, *start + to),
+            Cells::Q8(codes, scales, width) => {
+                let block = |at: usize| at / *width * width.div_ceil(32);
+                scales.copy_within(block(from.start)..block(from.end), block(to));
+                codes.copy_within(from, to);
+            }
         }
     }
 }
@@ -74,15 +120,15 @@ pub struct KvShape {
     pub value_dim: usize,
     /// Positions of a sequence.
     pub capacity: usize,
-    /// f16 instead of f32.
-    pub half: bool,
+    /// How they are kept.
+    pub format: KvFormat,
 }
 
 impl KvShape {
     /// Bytes that one position of one sequence takes.
     pub fn bytes_per_token(&self) -> u64 {
-        let values = self.layers as u64 * self.kv_heads as u64 * (self.head_dim as u64 + self.value_dim as u64);
-        values * if self.half { 2 } else { 4 }
+        let rows = self.layers as u64 * self.kv_heads as u64;
+        rows * (self.format.row_bytes(self.head_dim) + self.format.row_bytes(self.value_dim))
     }
 
     /// Bytes of the whole cache when full; `None` where they overflow.
@@ -116,7 +162,7 @@ impl KvCache {
             );
         }
         let rows = shape.kv_heads * shape.capacity;
-        let cells = |width: usize| Cells::new(shape.half, rows * width);
+        let cells = |width: usize| Cells::new(shape.format, rows, width);
         let new = || (cells(shape.head_dim), cells(shape.value_dim));
         let cells = (0..shape.slots * shape.layers).map(|_| new()).collect();
         Ok(KvCache { shape, cells, lens: vec![0; shape.slots] })

@@ -1,7 +1,7 @@
 //! A model that runs: tokens in, logits out.
 
 use super::cpu::{Activations, CpuBackend};
-use super::kv::{KvCache, KvShape};
+use super::kv::{KvCache, KvFormat, KvShape};
 use anyhow::{Result, anyhow, bail};
 use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::Checkpoint;
@@ -30,6 +30,8 @@ pub struct Options {
     pub adapters: Vec<(PathBuf, f32)>,
     /// How prompts' activations are rounded.
     pub prompt_rounding: PromptRounding,
+    /// How keys and values are kept; in single precision for models of floats and else in half where `None`.
+    pub kv: Option<KvFormat>,
 }
 
 /// Where the memory goes, in bytes.
@@ -104,7 +106,7 @@ impl Engine {
             head_dim: spec.head_dim,
             value_dim: spec.value_dim,
             capacity: context.saturating_add(model.prefix.as_ref().map_or(0, |p| p.len)),
-            half: !model.is_float(),
+            format: options.kv.unwrap_or(if model.is_float() { KvFormat::F32 } else { KvFormat::F16 }),
         };
         let kv = KvCache::new(shape)?;
         let isa = Isa::from_env().map_err(|e| anyhow!(e))?;

@@ -37,6 +37,8 @@ pub struct Lanes {
     pub scores: fn(&[f32], &[f32], &mut [f32]),
     /// `out += sum_i p[i] * values[i]` for the rows of `values`
     pub mix: fn(&[f32], &[f32], &mut [f32]),
+    /// `out = scale * code`, a scale for each 32 codes
+    pub widen: fn(&[i8], &[f32], &mut [f32]),
 }
 
 /// e^x within 2 units in the last place; 0 far below, infinite far above, NaN for NaN. No branches and no conversions
@@ -307,6 +309,15 @@ pub fn mix(p: &[f32], values: &[f32], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+pub fn widen(codes: &[i8], scales: &[f32], out: &mut [f32]) {
+    for ((out, codes), d) in out.chunks_mut(32).zip(codes.chunks(32)).zip(scales) {
+        for (o, q) in out.iter_mut().zip(codes) {
+            *o = d * f32::from(*q);
+        }
+    }
+}
+
 /// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! compiled {
@@ -347,6 +358,7 @@ macro_rules! compiled_lanes {
             soft_cap: compiled!($features, lanes::soft_cap, (cap: f32, x: &mut [f32])),
             scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
             mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
+            widen: compiled!($features, lanes::widen, (codes: &[i8], scales: &[f32], out: &mut [f32])),
         }
     }};
 }
@@ -370,4 +382,5 @@ pub const PLAIN: Lanes = Lanes {
     soft_cap,
     scores,
     mix,
+    widen,
 };

@@ -47,6 +47,15 @@ pub enum Kv<'a> {
     F32(&'a [f32]),
     /// Half precision, as bits.
     F16(&'a [u16]),
+    /// 8-bit codes, and scales for each 32 of a row (the last fewer, where `width` is not a multiple).
+    Q8 {
+        /// Codes.
+        codes: &'a [i8],
+        /// `[rows, width / 32 rounded up]`.
+        scales: &'a [f32],
+        /// Columns of a row: `head_dim` or `value_dim`.
+        width: usize,
+    },
 }
 
 impl Kv<'_> {
@@ -54,14 +63,23 @@ impl Kv<'_> {
         match self {
             Kv::F32(x) => x.len(),
             Kv::F16(x) => x.len(),
+            Kv::Q8 { codes, .. } => codes.len(),
         }
     }
 
-    /// Copies `range` to f32.
+    /// Copies `range`, which is whole rows, to f32.
     fn read(&self, kernels: &Kernels, range: Range<usize>, out: &mut [f32]) {
         match self {
             Kv::F32(x) => out.copy_from_slice(&x[range]),
             Kv::F16(x) => (kernels.f16_to_f32)(&x[range], out),
+            Kv::Q8 { codes, scales, width } => {
+                let blocks = width.div_ceil(32);
+                let scales = &scales[range.start / width * blocks..];
+                let rows = codes[range].chunks_exact(*width).zip(scales.chunks_exact(blocks));
+                for ((codes, scales), out) in rows.zip(out.chunks_exact_mut(*width)) {
+                    (kernels.lanes.widen)(codes, scales, out);
+                }
+            }
         }
     }
 }

@@ -173,6 +173,21 @@ impl Cpu {
         (self.kernels.f16_to_f32)(src, dst);
     }
 
+    /// f32 to 8-bit codes with a scale for each 32: `x ~ scale * code`, `scale = max|x| / 127`.
+    pub fn store_q8(&self, src: &[f32], codes: &mut [i8], scales: &mut [f32]) {
+        for ((src, codes), scale) in src.chunks(32).zip(codes.chunks_mut(32)).zip(scales) {
+            let most = (self.kernels.lanes.max)(src).max(src.iter().fold(0.0, |most, x| most.max(-x)));
+            *scale = most / 127.0;
+            let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+            codes.iter_mut().zip(src).for_each(|(q, x)| *q = (x * inverse).round() as i8);
+        }
+    }
+
+    /// What [`Cpu::store_q8`] kept.
+    pub fn load_q8(&self, codes: &[i8], scales: &[f32], dst: &mut [f32]) {
+        (self.kernels.lanes.widen)(codes, scales, dst);
+    }
+
     fn rows(&self, width: usize, x: &[f32], out: &mut [f32], each: &(dyn Fn(&[f32], &mut [f32]) + Sync)) {
         self.numbered_rows(width, x, out, &|_, x, out| each(x, out));
     }
