@@ -8,6 +8,7 @@ mod interrupt;
 mod list;
 mod logits;
 mod markdown;
+mod merge;
 mod options;
 mod perplexity;
 mod progress;
@@ -51,6 +52,7 @@ enum Command {
     Chat(Box<chat::Args>),
     Run(Box<run::Args>),
     Quantize(quantize::Args),
+    Merge(merge::Args),
     Perplexity(perplexity::Args),
     Imatrix(imatrix::Args),
     Tokenize(tokenize::TokenizeArgs),
@@ -104,6 +106,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args, global),
         Command::Run(args) => run::run(args, global),
         Command::Quantize(args) => quantize::run(args, global),
+        Command::Merge(args) => merge::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
         Command::Imatrix(args) => imatrix::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
