@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod eval;
 mod imatrix;
 mod info;
 mod interrupt;
@@ -54,6 +55,7 @@ enum Command {
     Quantize(quantize::Args),
     Merge(merge::Args),
     Perplexity(perplexity::Args),
+    Eval(eval::Args),
     Imatrix(imatrix::Args),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
@@ -108,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, global),
         Command::Merge(args) => merge::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
+        Command::Eval(args) => eval::run(args, global),
         Command::Imatrix(args) => imatrix::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
