@@ -5,6 +5,8 @@
 pub mod calibrate;
 pub mod cli;
 pub mod engine;
+pub mod eval;
+pub mod merge;
 #[cfg(feature = "hub")]
 pub mod pull;
 pub mod quantize;

@@ -9,6 +9,7 @@ pub mod convert;
 pub mod decoder;
 mod error;
 pub mod families;
+pub mod fold;
 pub mod model;
 pub mod packing;
 pub mod rope;

@@ -2,12 +2,14 @@
 
 mod bench;
 mod chat;
+mod eval;
 mod imatrix;
 mod info;
 mod interrupt;
 mod list;
 mod logits;
 mod markdown;
+mod merge;
 mod options;
 mod perplexity;
 mod progress;
@@ -51,7 +53,9 @@ enum Command {
     Chat(Box<chat::Args>),
     Run(Box<run::Args>),
     Quantize(quantize::Args),
+    Merge(merge::Args),
     Perplexity(perplexity::Args),
+    Eval(eval::Args),
     Imatrix(imatrix::Args),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
@@ -104,7 +108,9 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args, global),
         Command::Run(args) => run::run(args, global),
         Command::Quantize(args) => quantize::run(args, global),
+        Command::Merge(args) => merge::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
+        Command::Eval(args) => eval::run(args, global),
         Command::Imatrix(args) => imatrix::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),

@@ -92,6 +92,21 @@ impl Cells {
         }
     }
 
+    /// Takes over a range of `other`, which is of the same kind.
+    fn copy_from(&mut self, other: &Cells, range: Range<usize>) {
+        match (self, other) {
+            (Cells::F32(cells, start), Cells::F32(others, from)) => {
+                cells[*start + range.start..*start + range.end]
+                    .copy_from_slice(&others[*from + range.start..*from + range.end]);
+            }
+            (Cells::F16(cells, start), Cells::F16(others, from)) => {
+                cells[*start + range.start..*start + range.end]
+                    .copy_from_slice(&others[*from + range.start..*from + range.end]);
+            }
+            _ => {}
+        }
+    }
+
     fn copy_within(&mut self, from: Range<usize>, to: usize) {
         match self {
             Cells::F32(cells, start) => cells.copy_within(*start + from.start..*start + from.end, *start + to),
@@ -194,6 +209,23 @@ impl KvCache {
                 }
             }
         }
+    }
+
+    /// Gives the slot `to` the first `len` positions of the slot `from`.
+    pub fn copy(&mut self, from: usize, to: usize, len: usize) {
+        let KvShape { kv_heads, head_dim, value_dim, capacity, layers, .. } = self.shape;
+        let len = len.min(capacity);
+        for layer in 0..layers {
+            let Ok([source, target]) = self.cells.get_disjoint_mut([from * layers + layer, to * layers + layer]) else {
+                return;
+            };
+            for head in 0..kv_heads {
+                let at = |width: usize| head * capacity * width..(head * capacity + len) * width;
+                target.0.copy_from(&source.0, at(head_dim));
+                target.1.copy_from(&source.1, at(value_dim));
+            }
+        }
+        self.lens[to] = len;
     }
 
     /// Keys and values of a layer, `[kv_heads, capacity, width of a head]`.

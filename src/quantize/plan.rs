@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, TensorInfo, Value, gguf};
 use rushlight_models::convert::{Converted, Source, to_gguf};
+use rushlight_models::fold::Fold;
 use rushlight_quant::formats::Format;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,9 +40,20 @@ pub struct Planned {
     pub importance: Option<Vec<f32>>,
     /// Column `i` of the source's rows is column `order[i]`, where they are not in their own order.
     pub order: Option<Arc<[u32]>>,
+    /// What adapters make of its rows before they are encoded.
+    pub fold: Option<Fold>,
 }
 
 impl Planned {
+    /// `source`, a tensor of `checkpoint`, to be written as `format`.
+    pub fn new(checkpoint: &Checkpoint, source: Converted, format: Format) -> Planned {
+        let order = match &source.source {
+            Source::Tensor { name, .. } => checkpoint.column_order(name),
+            Source::Parts { .. } | Source::Data(_) => None,
+        };
+        Planned { source, format, instead_of: None, importance: None, order, fold: None }
+    }
+
     /// Weights in a row.
     pub fn cols(&self) -> usize {
         self.source.shape.last().copied().unwrap_or(1)
@@ -64,7 +76,7 @@ impl Planned {
             Format::Q8_F => self.format == Format::Q8_0,
             from => from == self.format,
         };
-        kept && self.order.is_none()
+        kept && self.order.is_none() && self.fold.is_none()
     }
 
     /// Number of weights.
@@ -107,11 +119,7 @@ impl Plan {
             // What is not for quantizing is small, and programs want it in f32 where a GGUF file does not say otherwise.
             let left = if from_gguf { source.format } else { Format::F32 };
             let format = format.unwrap_or(left);
-            let order = match &source.source {
-                Source::Tensor { name, .. } => checkpoint.column_order(name),
-                Source::Parts { .. } | Source::Data(_) => None,
-            };
-            tensors.push(Planned { source, format, instead_of, importance: None, order });
+            tensors.push(Planned { instead_of, ..Planned::new(checkpoint, source, format) });
         }
         set(&mut metadata, "general.quantization_version", Value::Unsigned(QUANTIZATION_VERSION));
         set(&mut metadata, "general.file_type", Value::Unsigned(target.file_type.into()));

@@ -60,10 +60,24 @@ pub fn write(
         .iter()
         .map(|t| TensorInfo { name: t.source.name.clone(), format: t.format, shape: t.source.shape.clone() })
         .collect();
+    let mut writer = gguf::Writer::create(output, &plan.metadata, &infos)?;
+    stream(plan, checkpoint, output, options, progress, &mut |name, bytes| writer.write(name, bytes))?;
+    writer.finish().map_err(|e| explain(e, output, plan))
+}
+
+/// Encodes the tensors of `plan` and gives their bytes to `write`, in order, each with its tensor's name. `output`, what is
+/// written in the end, is for messages.
+pub fn stream(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    output: &Path,
+    options: &Options,
+    progress: &mut dyn FnMut(u64),
+    write: &mut dyn FnMut(&str, &[u8]) -> rushlight_models::Result<()>,
+) -> Result<()> {
     let threads = options.threads.max(1);
     let window = threads * 4;
     let piece = piece_weights(plan, threads, window, options.memory)?;
-    let mut writer = gguf::Writer::create(output, &plan.metadata, &infos)?;
     let line = Line {
         plan,
         checkpoint,
@@ -96,7 +110,7 @@ pub fn write(
             early.insert(number, (piece, bytes));
             while let Some((piece, bytes)) = early.remove(&due) {
                 let tensor = &plan.tensors[piece.tensor];
-                writer.write(&tensor.source.name, &bytes).map_err(|e| explain(e, output, plan))?;
+                write(&tensor.source.name, &bytes).map_err(|e| explain(e, output, plan))?;
                 done += piece.source_bytes;
                 if piece.rows.end == tensor.rows() {
                     line.let_go(tensor);
@@ -107,8 +121,7 @@ pub fn write(
             progress(done);
         }
         Ok(())
-    })?;
-    writer.finish().map_err(|e| explain(e, output, plan))
+    })
 }
 
 /// How many weights a piece may have.
@@ -288,13 +301,16 @@ impl Line<'_> {
             if let Some(order) = &tensor.order {
                 restore(order, weights);
             }
+            if let Some(fold) = &tensor.fold {
+                fold.apply(piece.rows.clone(), weights);
+            }
             // Without branches, so that it takes no time.
             if !weights.iter().fold(true, |all, w| all & w.is_finite()) {
                 return Err(not_finite(tensor, &piece, weights).context(self.checkpoint.path().display().to_string()));
             }
             let row_bytes = tensor.format.row_bytes(cols).with_context(|| format!("'{name}' has no whole blocks"))?;
             bytes.resize(row_bytes * piece.rows.len(), 0);
-            let kept = if tensor.format == tensor.source.format && tensor.format.is_float() {
+            let kept = if tensor.format == tensor.source.format && tensor.format.is_float() && tensor.fold.is_none() {
                 bytes.copy_from_slice(&source);
                 true
             } else {

@@ -193,7 +193,7 @@ fn vector(name: String, role: (Role, usize), shape: Vec<usize>, values: &[f32]) 
 
 /// The role and layer of a directory's tensor, and what its name ends with beside the role's: `weight`, `bias` or
 /// nothing. Checkpoints saved without their head leave the first part of names out.
-fn role_of<'a>(family: &Family, name: &'a str) -> Option<(Role, usize, &'a str)> {
+pub(crate) fn role_of<'a>(family: &Family, name: &'a str) -> Option<(Role, usize, &'a str)> {
     let stem_end = name.rsplit_once('.').filter(|(_, end)| matches!(*end, "weight" | "bias"));
     let known = |stem: &str| {
         let first = ["", "transformer.", "model."];

@@ -5,6 +5,7 @@ mod from_gguf;
 mod huggingface;
 
 pub use from_gguf::{Directory, to_huggingface};
+pub(crate) use huggingface::role_of;
 
 use crate::checkpoint::{Bytes, Checkpoint, Kind, Metadata, Tensor, TensorInfo};
 use crate::families::{self, Naming, Role};

@@ -1,0 +1,208 @@
+//! Files of questions: the CSV layouts of MMLU, C-Eval and CMMLU, HellaSwag's JSON lines, and JSON lines of question,
+//! choices and answer.
+
+use super::Item;
+use super::prompt::{Words, scene};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Most choices: one for each letter.
+const MOST_CHOICES: usize = 26;
+
+/// The questions of a file.
+#[derive(Debug)]
+pub struct File {
+    /// Whose words they are put in.
+    pub words: Words,
+    /// The questions, each with the subject that its line names.
+    pub items: Vec<(Option<String>, Item)>,
+}
+
+/// Whether `path` has a kind of name that holds questions.
+pub fn is_data(path: &Path) -> bool {
+    path.extension().is_some_and(|ext| ext == "csv" || ext == "jsonl")
+}
+
+/// Reads the questions of `path`; those of JSON lines are asked with the `texts` of their choices instead of letters.
+pub fn read(path: &Path, texts: bool) -> Result<File> {
+    let name = path.display().to_string();
+    ensure!(is_data(path), "{name}: questions are read from .csv and .jsonl files");
+    let bytes = std::fs::read(path).with_context(|| name.clone())?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
+        anyhow!("{name}, line {line}: not UTF-8 text: convert it to UTF-8 first")
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let file = match path.extension().is_some_and(|ext| ext == "csv") {
+        true => csv(text, &name)?,
+        false => lines(text, &name, texts)?,
+    };
+    ensure!(!file.items.is_empty(), "{name}: there are no questions in it");
+    Ok(file)
+}
+
+/// Whether the questions of the CSV or JSON file `path` come with answers, as far as its first line tells.
+pub fn has_answers(path: &Path) -> bool {
+    use std::io::BufRead;
+    let mut line = String::new();
+    let file = std::fs::File::open(path);
+    if file.is_ok_and(|file| std::io::BufReader::new(file).read_line(&mut line).is_err()) {
+        return true; // To be told by whoever reads it.
+    }
+    let line = line.to_lowercase();
+    !line.contains("question") || ["answer", "label"].iter().any(|word| line.contains(word))
+}
+
+fn csv(text: &str, name: &str) -> Result<File> {
+    let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
+    let mut header: Option<Header> = None;
+    let (mut words, mut items) = (Words::English, Vec::new());
+    for (i, record) in reader.records().enumerate() {
+        let record = record.map_err(|e| {
+            let line = e.position().map_or(i as u64 + 1, |p| p.line());
+            anyhow!("{name}, line {line}: not CSV: {e}")
+        })?;
+        let place = format!("{name}, line {}", record.position().map_or(i as u64 + 1, |p| p.line()));
+        if i == 0
+            && let Some(found) = Header::of(&record)
+        {
+            words = found.words;
+            ensure!(found.answer.is_some(), "{place}: there is no column of answers, so nothing can be scored");
+            header = Some(found);
+            continue;
+        }
+        let (question, choices, answer) = match &header {
+            Some(Header { question, choices, answer, .. }) => (*question, choices.clone(), answer.unwrap_or(0)),
+            None => {
+                ensure!(
+                    record.len() == 6,
+                    "{place}: there are {} columns, but MMLU's layout has 6: the question, four choices, and the letter \
+                     of the answer; other layouts begin with a line of names (question, A, B, C, D, answer)",
+                    record.len()
+                );
+                (0, (1..5).collect(), 5)
+            }
+        };
+        let field =
+            |column: usize| record.get(column).with_context(|| format!("{place}: column {} is missing", column + 1));
+        let question = field(question)?;
+        let choices = choices.into_iter().map(|c| Ok(field(c)?.to_owned())).collect::<Result<Vec<_>>>()?;
+        let letter = field(answer)?;
+        let answer = letter_index(letter, choices.len()).with_context(|| {
+            let letter = letter.escape_debug();
+            format!("{place}: the answer is '{letter}', not the letter of one of {} choices", choices.len())
+        })?;
+        items.push((None, words.item(question, &choices, answer, place)));
+    }
+    Ok(File { words, items })
+}
+
+/// Which columns hold what.
+struct Header {
+    words: Words,
+    question: usize,
+    choices: Vec<usize>,
+    answer: Option<usize>,
+}
+
+impl Header {
+    /// What the names in `record` say; `None` where they are no names.
+    fn of(record: &csv::StringRecord) -> Option<Header> {
+        let find = |name: &str| record.iter().position(|field| field.trim() == name);
+        let (words, question) = match (find("question"), find("Question")) {
+            (Some(column), _) => (Words::CEval, column),
+            (None, Some(column)) => (Words::Cmmlu, column),
+            (None, None) => return None,
+        };
+        let choices: Vec<usize> = ('A'..='Z').map_while(|letter| find(&letter.to_string())).collect();
+        (choices.len() > 1).then(|| Header { words, question, choices, answer: find("answer").or(find("Answer")) })
+    }
+}
+
+/// 0 for `A`.
+fn letter_index(letter: &str, choices: usize) -> Option<usize> {
+    let mut letters = letter.trim().chars();
+    let index = (letters.next()? as usize).checked_sub('A' as usize)?;
+    (letters.next().is_none() && index < choices).then_some(index)
+}
+
+fn lines(text: &str, name: &str, texts: bool) -> Result<File> {
+    let usual = if texts { Words::Text } else { Words::English };
+    let mut words = None;
+    let mut items = Vec::new();
+    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let place = format!("{name}, line {}", i + 1);
+        let value: Map<String, Value> =
+            serde_json::from_str(line).map_err(|e| anyhow!("{place}: not a JSON object: {e}"))?;
+        let these = if value.contains_key("endings") { Words::HellaSwag } else { usual };
+        ensure!(*words.get_or_insert(these) == these, "{place}: it has another layout than the lines before it");
+        let (question, choices, answer) = match these {
+            Words::HellaSwag => hellaswag(&value),
+            _ => question(&value),
+        }
+        .map_err(|e| anyhow!("{place}: {e}"))?;
+        let subject = value.get("subject").and_then(Value::as_str).map(str::to_owned);
+        items.push((subject, these.item(&question, &choices, answer, place)));
+    }
+    Ok(File { words: words.unwrap_or(usual), items })
+}
+
+type Asked = (String, Vec<String>, usize);
+
+fn hellaswag(value: &Map<String, Value>) -> Result<Asked> {
+    let text =
+        |field: &str| value.get(field).and_then(Value::as_str).with_context(|| format!("there is no text '{field}'"));
+    let choices = strings(value.get("endings")).context("'endings' is not a list of texts")?;
+    let scene = scene(text("activity_label")?, text("ctx_a")?, text("ctx_b")?);
+    let label = value.get("label").context("there is no 'label'")?;
+    let answer = match label {
+        Value::String(digits) => digits.parse().ok(),
+        other => other.as_u64().map(|n| n as usize),
+    };
+    let answer = answer.filter(|&i| i < choices.len());
+    let answer =
+        answer.with_context(|| format!("the label {label} is not the number of one of {} endings", choices.len()))?;
+    ensure!(choices.len() > 1, "there are fewer than two endings");
+    Ok((scene, choices, answer))
+}
+
+fn question(value: &Map<String, Value>) -> Result<Asked> {
+    let question = value.get("question").and_then(Value::as_str).context("there is no text 'question'")?;
+    let lettered = || {
+        let each = ('A'..='Z').map_while(|letter| value.get(&letter.to_string()));
+        let list: Vec<Value> = each.cloned().collect();
+        (!list.is_empty()).then_some(Value::Array(list))
+    };
+    let (choices, labels) = match value.get("choices").cloned().or_else(lettered) {
+        Some(Value::Object(both)) => (strings(both.get("text")), strings(both.get("label"))),
+        other => (strings(other.as_ref()), None),
+    };
+    let choices = choices.context("'choices' is not a list of texts")?;
+    let n = choices.len();
+    if !(2..=MOST_CHOICES).contains(&n) {
+        bail!("there are {n} choices: give 2 to {MOST_CHOICES}");
+    }
+    let answer = ["answer", "answerKey", "label"].iter().find_map(|field| value.get(*field));
+    let answer = answer.context("there is no 'answer'")?;
+    let index = match answer {
+        Value::String(text) => (labels.and_then(|labels| labels.iter().position(|label| label == text)))
+            .or_else(|| letter_index(text, n))
+            .or_else(|| choices.iter().position(|choice| choice == text)),
+        other => other.as_u64().map(|i| i as usize),
+    };
+    let index = index.filter(|&i| i < n).with_context(|| {
+        format!("the answer {answer} is none of the {n} choices: give its number from 0, its letter or its text")
+    })?;
+    Ok((question.to_owned(), choices, index))
+}
+
+/// A list of texts; numbers are taken as they are written.
+fn strings(list: Option<&Value>) -> Option<Vec<String>> {
+    let each = list?.as_array()?.iter().map(|value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    });
+    each.collect()
+}
