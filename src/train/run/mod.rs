@@ -1,1 +1,71 @@
 //! A training run: optimizer, schedule, checkpoints, metrics, reports.
+//!
+//! ```text
+//! DIR/run.json              what the run was asked to do; another command does not go on with it
+//! DIR/lock                  held while a run is at work
+//! DIR/checkpoints/          the last two states of the run, and the best parameters
+//! DIR/metrics.jsonl         a line for every step and every evaluation
+//! DIR/events.out.tfevents.* the same for TensorBoard
+//! DIR/report.html           the same for people
+//! DIR/adapter/ or DIR/model/  what was learned
+//! ```
+
+pub mod checkpoint;
+pub mod classify;
+pub mod events;
+pub mod folder;
+pub mod metrics;
+mod night;
+pub mod optimizer;
+pub mod order;
+pub mod report;
+pub mod schedule;
+mod states8;
+#[cfg(test)]
+mod tests;
+
+pub use night::{End, Settings, Watch, train};
+
+use super::batch::{Example, Loss};
+use super::params::{Gradients, Params};
+use anyhow::Result;
+use std::ops::Range;
+use std::path::Path;
+
+/// What is to be learned: parameters, and how far they are from it.
+pub trait Lesson {
+    /// The parameters.
+    fn params(&self) -> &Params;
+
+    /// The same, to be changed.
+    fn params_mut(&mut self) -> &mut Params;
+
+    /// Adds to `gradients` those of the sum of the loss of `examples`; `noise` seeds dropout.
+    fn backward(&mut self, examples: &[Example], noise: u64, gradients: &mut Gradients) -> Result<Loss>;
+
+    /// The loss of each of `examples`, without dropout.
+    fn losses(&mut self, examples: &[Example]) -> Result<Vec<Loss>>;
+
+    /// What the model says to `prompt` now.
+    fn answer(&mut self, prompt: &str) -> Result<String>;
+
+    /// Writes what was learned into the folder of the run.
+    fn save(&mut self, dir: &Path) -> Result<()>;
+}
+
+/// `examples` in groups of neighbours that have at most `rows` tokens together, or are one alone.
+pub fn micro_batches(examples: &[Example], rows: usize) -> Vec<Range<usize>> {
+    let mut groups = Vec::new();
+    let (mut start, mut sum) = (0, 0);
+    for (i, example) in examples.iter().enumerate() {
+        if i > start && sum + example.ids.len() > rows {
+            groups.push(start..i);
+            (start, sum) = (i, 0);
+        }
+        sum += example.ids.len();
+    }
+    if start < examples.len() {
+        groups.push(start..examples.len());
+    }
+    groups
+}
