@@ -68,7 +68,8 @@ fn changes(model: &Model) -> Vec<(Role, usize, Vec<f64>)> {
 fn expected(model: &Model, trained: &Trained, rank: usize, scale: f64) -> Vec<(Role, usize, Vec<f64>)> {
     let each = trained.0.iter().map(|(role, layer, a, b, _)| {
         let cols = model.linears().find(|l| (l.role, l.layer) == (*role, *layer)).unwrap().weight.cols();
-        let sum = |row: &[f32], c: usize| (0..rank).map(|r| f64::from(row[r]) * f64::from(a[r * cols + c])).sum::<f64>();
+        let sum =
+            |row: &[f32], c: usize| (0..rank).map(|r| f64::from(row[r]) * f64::from(a[r * cols + c])).sum::<f64>();
         (*role, *layer, b.chunks(rank).flat_map(|row| (0..cols).map(move |c| scale * sum(row, c))).collect())
     });
     each.collect()
@@ -105,7 +106,18 @@ fn gguf_of(source: &Path, path: &Path) -> Checkpoint {
 fn what_was_written_is_read_back() {
     let dir = tempfile::tempdir().unwrap();
     // Plain, packed one behind the other and in groups, stored the other way, latent vectors, experts.
-    for name in ["llama", "qwen2", "phi3", "chatglm2-6b", "baichuan-7b", "gpt2", "gpt_neox", "internlm2", "deepseek_v2", "mixtral"] {
+    for name in [
+        "llama",
+        "qwen2",
+        "phi3",
+        "chatglm2-6b",
+        "baichuan-7b",
+        "gpt2",
+        "gpt_neox",
+        "internlm2",
+        "deepseek_v2",
+        "mixtral",
+    ] {
         let Some(source) = fixture(name) else { continue };
         let mut model = Model::load(&Checkpoint::open(&source).unwrap()).unwrap();
         for (rslora, scale) in [(false, 4.0), (true, 8.0 / 2f64.sqrt())] {
@@ -215,7 +227,8 @@ fn a_prefix_is_read_back() {
     let packed = Model::load(&gguf_of(&source, &dir.path().join("base.gguf"))).unwrap();
     for (i, mut model) in [plain, packed].into_iter().enumerate() {
         let width = model.spec.kv_width();
-        let own: Vec<_> = (0..model.spec.layers.len()).map(|l| (numbers(3 * width, l), numbers(3 * width, l + 9))).collect();
+        let own: Vec<_> =
+            (0..model.spec.layers.len()).map(|l| (numbers(3 * width, l), numbers(3 * width, l + 9))).collect();
         let slices: Vec<_> = own.iter().map(|(k, v)| (k.as_slice(), v.as_slice())).collect();
         let out = dir.path().join(i.to_string());
         write_prefix(&out, &model, "base", 3, &slices).unwrap();

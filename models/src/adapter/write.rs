@@ -92,7 +92,8 @@ pub fn write_peft(
         let name = model.family.name(Naming::HuggingFace, whole.role, whole.layer);
         name.ok_or_else(|| Error::file(dir, format!("{:?} has no name that PEFT knows", whole.role)))
     };
-    let wholes = wholes.iter().map(|w| Ok((name(w)?, in_files(model, Naming::HuggingFace, w)?))).collect::<Result<Vec<_>>>();
+    let wholes =
+        wholes.iter().map(|w| Ok((name(w)?, in_files(model, Naming::HuggingFace, w)?))).collect::<Result<Vec<_>>>();
     let wholes = wholes?;
     let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
     let own: HashSet<&str> = modules.iter().map(|m| m.name.as_str()).collect();
@@ -159,8 +160,12 @@ pub fn write_peft(
 pub fn write_prefix(dir: &Path, model: &Model, base: &str, len: usize, layers: &[(&[f32], &[f32])]) -> Result<()> {
     let spec = &model.spec;
     let width = spec.kv_width();
-    if layers.len() != spec.layers.len() || layers.iter().any(|(k, v)| k.len() != len * width || v.len() != len * width) {
-        return Err(Error::file(dir, format!("a prefix of {len} for this model has {} layers of {width}", spec.layers.len())));
+    if layers.len() != spec.layers.len() || layers.iter().any(|(k, v)| k.len() != len * width || v.len() != len * width)
+    {
+        return Err(Error::file(
+            dir,
+            format!("a prefix of {len} for this model has {} layers of {width}", spec.layers.len()),
+        ));
     }
     let order = Reorder::of(model, Naming::HuggingFace).rows(Role::K, width, spec.head_dim);
     let columns = layers.len() * 2 * width;
@@ -220,7 +225,8 @@ pub fn write_gguf(path: &Path, model: &Model, description: &Description, pairs: 
         // There is one alpha for all ranks: what a larger rank takes away is given back here.
         let grown = (module.rank / description.rank) as f32;
         module.b.iter_mut().for_each(|b| *b *= grown);
-        let info = |end: &str, shape| TensorInfo { name: format!("{}.weight.{end}", module.name), format: Format::F32, shape };
+        let info =
+            |end: &str, shape| TensorInfo { name: format!("{}.weight.{end}", module.name), format: Format::F32, shape };
         tensors.push((info("lora_a", vec![module.rank, module.cols]), module.a));
         tensors.push((info("lora_b", vec![module.rows, module.rank]), module.b));
     }
@@ -264,7 +270,8 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
             name,
         };
         for (i, (pair, part)) in parts.iter().enumerate() {
-            let linear = linear(pair).ok_or_else(|| wrong(format!("{:?} is no linear layer of the model", pair.role)))?;
+            let linear =
+                linear(pair).ok_or_else(|| wrong(format!("{:?} is no linear layer of the model", pair.role)))?;
             let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
             let whole = (rank > 0 && pair.a.len() == rank * cols && pair.b.len() == rows * rank)
                 && pair.magnitude.is_none_or(|m| m.len() == rows);

@@ -38,6 +38,8 @@ pub struct Progress {
     pub seconds: f64,
     /// Steps skipped because of numbers that are none.
     pub skipped: u64,
+    /// The step of the last evaluation.
+    pub evaluated: u64,
     /// The lowest loss on the validation set, and the step it was found at.
     #[serde(with = "bits")]
     pub best: Option<(f64, u64)>,
@@ -246,7 +248,8 @@ impl Checkpoints {
         for entry in std::fs::read_dir(&self.dir).with_context(|| self.dir.display().to_string())? {
             let name = entry.with_context(|| self.dir.display().to_string())?.file_name();
             let name = name.to_string_lossy();
-            let step = name.strip_prefix(kind).and_then(|n| n.strip_prefix('-')?.strip_suffix(".ckpt")?.parse().ok());
+            let step: Option<u64> =
+                name.strip_prefix(kind).and_then(|n| n.strip_prefix('-')?.strip_suffix(".ckpt")?.parse().ok());
             steps.extend(step);
         }
         steps.sort_unstable();
@@ -353,7 +356,8 @@ mod tests {
             let g: Vec<_> = params(0.3).list.into_iter().map(|p| p.values).collect();
             o.step(&mut p, &g, 1.0, 0.1);
             optimizer.step(&mut back, &g, 1.0, 0.1);
-            let bits = |p: &Params| p.list.iter().flat_map(|p| p.values.iter().map(|v| v.to_bits())).collect::<Vec<_>>();
+            let bits =
+                |p: &Params| p.list.iter().flat_map(|p| p.values.iter().map(|v| v.to_bits())).collect::<Vec<_>>();
             assert_eq!(bits(&p), bits(&back));
         }
         // Another optimizer's state does not fit.

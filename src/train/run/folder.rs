@@ -41,7 +41,11 @@ impl Folder {
             for entry in std::fs::read_dir(dir).with_context(said)? {
                 let name = entry.with_context(said)?.file_name();
                 let own = name == "lock" || name.to_string_lossy().starts_with(".run.json.");
-                ensure!(own, "{} is not empty and not a run of rushlight train: name another folder with -o", dir.display());
+                ensure!(
+                    own,
+                    "{} is not empty and not a run of rushlight train: name another folder with -o",
+                    dir.display()
+                );
             }
         }
         let lock = File::create(dir.join("lock")).with_context(said)?;
@@ -70,7 +74,8 @@ impl Folder {
         if let Some(known) = self.known.as_ref().filter(|known| begun && !force && *known != arguments) {
             let none = "none";
             let names: std::collections::BTreeSet<&String> = known.keys().chain(arguments.keys()).collect();
-            let value = |of: &Arguments, name: &String| of.get(name).map_or(none, String::as_str).chars().take(60).collect();
+            let value =
+                |of: &Arguments, name: &String| of.get(name).map_or(none, String::as_str).chars().take(60).collect();
             let differences = names.into_iter().filter(|name| known.get(*name) != arguments.get(*name));
             let each = differences.map(|name| {
                 let (was, is): (String, String) = (value(known, name), value(arguments, name));

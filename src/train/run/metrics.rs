@@ -91,8 +91,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// The file at `path` with its lines up to `step`: what is later comes again.
-    pub fn open(path: &Path, step: u64) -> Result<Metrics> {
+    /// The file at `path` with its lines up to `step`, and its evaluations up to `evaluated`: what is later comes again.
+    pub fn open(path: &Path, step: u64, evaluated: u64) -> Result<Metrics> {
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -100,7 +100,8 @@ impl Metrics {
         };
         // The last line of a killed run may be cut.
         let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
-        let lines = lines.filter(|line| line.step() <= step).collect();
+        let last = |line: &Line| if matches!(line, Line::Evaluation(_)) { evaluated } else { step };
+        let lines = lines.filter(|line| line.step() <= last(line)).collect();
         let mut metrics = Metrics { path: path.to_owned(), file: None, lines };
         metrics.rewrite()?;
         Ok(metrics)
@@ -146,23 +147,27 @@ mod tests {
     fn lines_are_never_doubled() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0).unwrap();
+        let mut metrics = Metrics::open(&path, 0, 0).unwrap();
         for i in 1..=5 {
             metrics.push(step(i)).unwrap();
         }
         let samples = vec![Sample { prompt: "hi".into(), answer: "ho\n".into() }];
-        let evaluation = |step| Line::Evaluation(Evaluation { step, val_loss: Some(1.5), samples: samples.clone(), classification: None });
+        let evaluation = |step| {
+            Line::Evaluation(Evaluation { step, val_loss: Some(1.5), samples: samples.clone(), classification: None })
+        };
         metrics.push(evaluation(5)).unwrap();
         metrics.push(Line::Skipped(Skipped { step: 6, skipped: "the loss is not a number".into() })).unwrap();
-        assert_eq!(Metrics::open(&path, 6).unwrap().lines().len(), 7);
+        assert_eq!(Metrics::open(&path, 6, 5).unwrap().lines().len(), 7);
         // Killed in the middle of a line.
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text + "{\"step\":7,\"lo").unwrap();
-        let back = Metrics::open(&path, 5).unwrap();
+        let back = Metrics::open(&path, 5, 5).unwrap();
         assert_eq!(back.lines()[..5], (1..=5).map(step).collect::<Vec<_>>());
         assert_eq!(back.lines()[5..], [evaluation(5)]);
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text.lines().count(), 6);
+        std::fs::copy(&path, dir.path().join("other")).unwrap();
+        assert_eq!(Metrics::open(&dir.path().join("other"), 5, 4).unwrap().lines().len(), 5);
         let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
         let keys: Vec<&str> = first.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(keys, ["step", "loss", "grad_norm", "lr", "tokens", "seconds"]);
@@ -175,7 +180,7 @@ mod tests {
         let folder = dir.path().join("run");
         std::fs::create_dir(&folder).unwrap();
         let path = folder.join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0).unwrap();
+        let mut metrics = Metrics::open(&path, 0, 0).unwrap();
         metrics.file = None;
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(metrics.push(step(1)).is_err());

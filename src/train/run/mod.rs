@@ -49,8 +49,8 @@ pub trait Lesson {
     /// What the model says to `prompt` now.
     fn answer(&mut self, prompt: &str) -> Result<String>;
 
-    /// Writes what was learned into the folder of the run.
-    fn save(&mut self, dir: &Path) -> Result<()>;
+    /// Writes what was learned into the folder of the run, which is `finished` or was interrupted.
+    fn save(&mut self, dir: &Path, finished: bool) -> Result<()>;
 }
 
 /// `examples` in groups of neighbours that have at most `rows` tokens together, or are one alone.

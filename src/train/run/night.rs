@@ -100,15 +100,28 @@ pub fn train(
         watch.note(&format!("going on after step {} of {}", progress.step, settings.schedule.steps));
     }
     let progress = loaded.unwrap_or_default();
-    let metrics = Metrics::open(&folder.path("metrics.jsonl"), progress.step)?;
+    let metrics = Metrics::open(&folder.path("metrics.jsonl"), progress.step, progress.evaluated)?;
     let time = now();
     let known: Vec<Vec<Scalar<'_>>> = metrics.lines().iter().map(|line| scalars(line, time)).collect();
     let events = Events::create(folder.dir(), time, &known.concat())?;
     let order = Order::new(train.len(), settings.batch, settings.shuffle.then_some(settings.seed));
     let gradients = lesson.params().gradients();
     let mut night = Night {
-        lesson, train, validation, settings, folder, report, stop, watch, checkpoints, optimizer, progress, metrics, events,
-        order, gradients,
+        lesson,
+        train,
+        validation,
+        settings,
+        folder,
+        report,
+        stop,
+        watch,
+        checkpoints,
+        optimizer,
+        progress,
+        metrics,
+        events,
+        order,
+        gradients,
         saved: Instant::now(),
         save_after: settings.save_every,
         reported: None,
@@ -144,7 +157,21 @@ impl Night<'_> {
     fn run(&mut self) -> Result<End> {
         let (mut bad, mut loss) = (0, None);
         let mut interrupted = false;
-        while self.progress.step < self.settings.schedule.steps && !self.progress.stopped {
+        loop {
+            // First what the steps done still owe: a run may have been stopped before its evaluation.
+            if self.evaluation_due() && !self.evaluate()? {
+                interrupted = true;
+                break;
+            }
+            if self.progress.step >= self.settings.schedule.steps || self.progress.stopped {
+                break;
+            }
+            if self.saved.elapsed() >= self.save_after {
+                self.save(false)?;
+            }
+            if self.reported.is_none_or(|at| at.elapsed() >= REPORT) {
+                self.write_report();
+            }
             let Some(line) = self.step()? else {
                 interrupted = true;
                 break;
@@ -174,49 +201,27 @@ impl Night<'_> {
                     self.folder.dir().display()
                 );
             }
-            let every = self.settings.eval_steps;
-            let last = self.progress.step == self.settings.schedule.steps;
-            if every > 0 && (self.progress.step.is_multiple_of(every) || last) {
-                match self.evaluate()? {
-                    true => {}
-                    // The step is done but not its evaluation: a run that goes on does both again.
-                    false => {
-                        interrupted = true;
-                        break;
-                    }
-                }
-            }
-            if self.saved.elapsed() >= self.save_after {
-                self.save(false)?;
-            }
-            if self.reported.is_none_or(|at| at.elapsed() >= REPORT) {
-                self.write_report();
-            }
         }
         self.finish(interrupted, loss)
     }
 
     /// Saves, and writes what was learned.
     fn finish(&mut self, interrupted: bool, loss: Option<f64>) -> Result<End> {
-        if !interrupted || self.whole() {
-            self.save(true)?;
-        }
+        self.save(true)?;
         self.write_report();
         let best = self.progress.best.map(|(_, step)| step).filter(|step| *step != self.progress.step && !interrupted);
         if let Some(step) = best {
             checkpoint::read(&self.checkpoints.best(step), self.lesson.params_mut(), None)?;
         }
-        if !interrupted {
-            self.lesson.save(self.folder.dir())?;
-        }
+        self.lesson.save(self.folder.dir(), !interrupted)?;
         Ok(End { progress: self.progress.clone(), finished: !interrupted, loss })
     }
 
-    /// Whether everything that belongs to the steps done is done: an evaluation that was broken off is not.
-    fn whole(&self) -> bool {
+    /// Whether the parameters as they are should be evaluated and are not yet.
+    fn evaluation_due(&self) -> bool {
         let (step, every) = (self.progress.step, self.settings.eval_steps);
-        let due = every > 0 && step > 0 && (step.is_multiple_of(every) || step == self.settings.schedule.steps);
-        !due || self.metrics.lines().iter().rev().take(2).any(|l| matches!(l, Line::Evaluation(e) if e.step == step))
+        let due = step > 0 && every > 0 && (step.is_multiple_of(every) || step == self.settings.schedule.steps);
+        due && self.progress.evaluated < step
     }
 
     /// One step; `None`: interrupted, and nothing has changed.
@@ -292,6 +297,7 @@ impl Night<'_> {
             }
             self.progress.stopped = self.settings.patience.is_some_and(|most| self.progress.waited >= most);
         }
+        self.progress.evaluated = step;
         let evaluation = Evaluation { step, val_loss, samples, classification };
         self.watch.evaluated(&evaluation);
         self.log(Line::Evaluation(evaluation));
@@ -342,7 +348,8 @@ impl Night<'_> {
         if !std::mem::replace(&mut self.complaints[what], true) {
             let things = ["a checkpoint", "the curves"][what];
             let rest = ["; the last good one is kept", "; they are kept in memory"][what];
-            self.watch.note(&format!("{things} could not be written ({error:#}){rest}, training goes on and tries again"));
+            self.watch
+                .note(&format!("{things} could not be written ({error:#}){rest}, training goes on and tries again"));
         }
     }
 

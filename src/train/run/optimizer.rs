@@ -124,7 +124,9 @@ impl Optimizer {
                 State::Adam8 { first, second, first_scales, second_scales } => {
                     let scales = first_scales.chunks_mut(PIECE / BLOCK).zip(second_scales.chunks_mut(PIECE / BLOCK));
                     let states = first.chunks_mut(PIECE).zip(second.chunks_mut(PIECE)).zip(scales);
-                    in_parallel(threads, values.zip(states), |((p, g), ((m, v), (ms, vs)))| each.adam8(p, g, m, v, ms, vs));
+                    in_parallel(threads, values.zip(states), |((p, g), ((m, v), (ms, vs)))| {
+                        each.adam8(p, g, m, v, ms, vs)
+                    });
                 }
                 State::Sgd { momentum } => {
                     in_parallel(threads, values.zip(momentum.chunks_mut(PIECE)), |((p, g), m)| each.sgd(p, g, m));

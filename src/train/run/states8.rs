@@ -78,7 +78,10 @@ mod tests {
     fn the_codes_of_the_paper() {
         let (signed, unsigned) = (Codes::signed(), Codes::unsigned());
         // bitsandbytes' create_dynamic_map(signed) has these ends, neighbours of 0 and steps.
-        assert_eq!((signed.values[255], signed.values[0], signed.values[usize::from(signed.zero)]), (1.0, -0.99296875, 0.0));
+        assert_eq!(
+            (signed.values[255], signed.values[0], signed.values[usize::from(signed.zero)]),
+            (1.0, -0.99296875, 0.0)
+        );
         assert_eq!(signed.values[254], 0.99296875);
         let next = signed.values[usize::from(signed.zero) + 1];
         assert!((next - 5.5e-7).abs() < 1e-12, "{next}");
