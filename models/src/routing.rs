@@ -42,13 +42,7 @@ pub fn choose(spec: &Experts, scores: &[f32], bias: Option<&[f32]>) -> Vec<(usiz
 ///
 /// # Panics
 /// When there is not a gradient for each of the chosen, or one of them is not there.
-pub fn choose_backward(
-    spec: &Experts,
-    scores: &[f32],
-    chosen: &[(usize, f32)],
-    dweights: &[f32],
-    dscores: &mut [f32],
-) {
+pub fn choose_backward(spec: &Experts, scores: &[f32], chosen: &[(usize, f32)], dweights: &[f32], dscores: &mut [f32]) {
     assert_eq!(chosen.len(), dweights.len(), "a gradient for each of the chosen");
     let probabilities: Vec<f32> = match spec.routing {
         Routing::Softmax => softmax(scores),
@@ -149,7 +143,11 @@ mod tests {
                         loss(&scores)
                     };
                     let want = (moved(1e-2) - moved(-1e-2)) / 2e-2;
-                    assert!((f64::from(got[i]) - want).abs() < 1e-3, "{routing:?} {renormalise} {i}: {} {want}", got[i]);
+                    assert!(
+                        (f64::from(got[i]) - want).abs() < 1e-3,
+                        "{routing:?} {renormalise} {i}: {} {want}",
+                        got[i]
+                    );
                 }
             }
         }

@@ -153,8 +153,7 @@ impl Step for AttentionStep {
         let sinks = tape.model.layers[plan.layer].sinks.as_ref().and_then(|s| tape.sites.vector(s));
         let mut dsinks = sinks.map(|_| vec![0.0; plan.heads]);
         let spec = plan.spec(tape);
-        let gradients =
-            AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv, dsinks: dsinks.as_deref_mut() };
+        let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv, dsinks: dsinks.as_deref_mut() };
         cpu.attention_backward(&spec, &sequences, [&q, &k, &v], &out, &lse, &dout, gradients);
         if let (Some(param), Some(dsinks)) = (sinks, dsinks) {
             cpu.add(tape.gradient(param)?, &dsinks);

@@ -148,12 +148,6 @@ impl<'a> Tape<'a> {
         Ok(y)
     }
 
-    /// Goes back through everything recorded; `gradient` is that of `value`.
-    pub fn backward(&mut self, value: &Value, gradient: Buffer) -> Result<()> {
-        self.give(value.slot, Rc::new(gradient));
-        self.back_to(0)
-    }
-
     /// Goes back until `steps` are left.
     pub fn back_to(&mut self, steps: usize) -> Result<()> {
         while self.steps.len() > steps {

@@ -98,13 +98,7 @@ impl Step for Rows {
 }
 
 /// Keys and values from `kv`, rows of `heads` times `[key | value]`, with the row's `rotated` values behind each key.
-pub(super) fn latent(
-    tape: &mut Tape<'_>,
-    kv: Value,
-    rotated: Value,
-    heads: usize,
-    value_dim: usize,
-) -> (Value, Value) {
+pub(super) fn latent(tape: &mut Tape<'_>, kv: Value, rotated: Value, heads: usize, value_dim: usize) -> (Value, Value) {
     let (n, size) = (kv.data.rows(), kv.data.width() / heads);
     let (own, shared) = (size - value_dim, rotated.data.width());
     let mut k = tape.pool.take(n, heads * (own + shared));

@@ -80,9 +80,11 @@ pub fn norms(model: &Model) -> Vec<(Role, usize, &NormWeights)> {
         Role::MlpNorm,
         Role::MlpPostNorm,
     ];
-    let layers = model.layers.iter().enumerate().flat_map(|(i, layer)| {
-        OF_LAYER.into_iter().filter_map(move |role| Some((role, i, norm(layer, role)?)))
-    });
+    let layers = model
+        .layers
+        .iter()
+        .enumerate()
+        .flat_map(|(i, layer)| OF_LAYER.into_iter().filter_map(move |role| Some((role, i, norm(layer, role)?))));
     let first = model.embedding_norm.iter().map(|n| (Role::EmbeddingNorm, 0, n));
     first.chain(layers).chain([(Role::FinalNorm, 0, &model.final_norm)]).collect()
 }
