@@ -16,6 +16,9 @@
 //! [`PromptRounding::EightBits`] has many rows rounded as ggml rounds them.
 //! Sums of integer products are exact within a scale group, and f32 across groups.
 
+mod backward;
+mod floats;
+
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;

@@ -1,12 +1,18 @@
 //! Element-wise operations and short reductions, written once in plain Rust with explicit lanes and compiled for each
 //! instruction set. Sums run over 16 lanes in a fixed order, so every instruction set gives the same bits.
 
+mod backward;
+
 use crate::ops::Activation;
+pub use backward::{activate_backward, gate_backward, soft_cap_backward, softmax_backward};
 
 const LANES: usize = 16;
 
 /// See [`Lanes::rotate`].
 pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
+
+/// See [`Lanes::softmax_backward`].
+pub type SoftmaxBackward = fn(lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32]);
 
 /// The compiled functions; see each one's plain version below.
 #[derive(Clone, Copy)]
@@ -37,6 +43,14 @@ pub struct Lanes {
     pub scores: fn(&[f32], &[f32], &mut [f32]),
     /// `out += sum_i p[i] * values[i]` for the rows of `values`
     pub mix: fn(&[f32], &[f32], &mut [f32]),
+    /// `dy *= act'(x)`
+    pub activate_backward: fn(Activation, &[f32], &mut [f32]),
+    /// the inputs of [`Lanes::gate`] become their gradients, given that of its output
+    pub gate_backward: fn(Activation, &mut [f32], &mut [f32], &[f32]),
+    /// `dy *= 1 - (y / cap)^2`
+    pub soft_cap_backward: fn(f32, &[f32], &mut [f32]),
+    /// `s` becomes the probabilities `e^(s - lse)`, and their gradients `dp` those of `s`: `p * (dp - delta)`
+    pub softmax_backward: SoftmaxBackward,
 }
 
 /// e^x within 2 units in the last place; 0 far below, infinite far above, NaN for NaN. No branches and no conversions
@@ -347,6 +361,10 @@ macro_rules! compiled_lanes {
             soft_cap: compiled!($features, lanes::soft_cap, (cap: f32, x: &mut [f32])),
             scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
             mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
+            activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
+            gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
+            soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
+            softmax_backward: compiled!($features, lanes::softmax_backward, (lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32])),
         }
     }};
 }
@@ -370,4 +388,8 @@ pub const PLAIN: Lanes = Lanes {
     soft_cap,
     scores,
     mix,
+    activate_backward,
+    gate_backward,
+    soft_cap_backward,
+    softmax_backward,
 };
