@@ -261,3 +261,62 @@ fn the_configuration_is_what_peft_expects() {
     let wrong = [Pair { a: &[1.0], ..one[0] }];
     assert!(write_peft(dir.path(), &model, &description(4, false), &wrong, &[]).is_err());
 }
+
+/// Every matrix in force and every vector of the model, in f32.
+fn everything(model: &Model) -> Vec<Vec<f32>> {
+    let all = |w: &rushlight_models::model::Weight| {
+        let mut out = vec![0.0; w.rows() * w.cols()];
+        (0..w.rows()).for_each(|r| w.decode_row(r, &mut out[r * w.cols()..][..w.cols()]));
+        out
+    };
+    let mut list: Vec<Vec<f32>> = model.linears().map(|l| all(l.weight())).collect();
+    list.extend(model.linears().filter_map(|l| Some(l.bias.as_ref()?.values.clone())));
+    list.extend([&model.embedding].into_iter().chain(&model.positions).map(|t| all(t.weight())));
+    list.extend(model.clone().vectors_mut().map(|v| v.values.clone()));
+    list
+}
+
+#[test]
+fn a_model_that_was_changed_is_read_back() {
+    use rushlight_models::checkpoint::export::write_trained;
+    use rushlight_models::model::Weight;
+    let dir = tempfile::tempdir().unwrap();
+    let change = |w: &Weight, seed| Weight::from_f32(w.rows(), w.cols(), &numbers(w.rows() * w.cols(), seed)).unwrap();
+    let names = "llama qwen2-tied phi3 chatglm2-6b gpt2 gpt_neox gpt_bigcode bloom gemma2 deepseek_v2 mixtral qwen3_moe gpt_oss falcon-7b";
+    for name in names.split_whitespace() {
+        let Some(source) = fixture(name) else { continue };
+        let packed = dir.path().join(format!("{name}-base.gguf"));
+        let mut sources = vec![Checkpoint::open(&source).unwrap()];
+        if ["llama", "phi3", "qwen3_moe"].contains(&name) {
+            sources.push(gguf_of(&source, &packed));
+        }
+        for (i, source) in sources.iter().enumerate() {
+            let mut model = Model::load(source).unwrap();
+            let tied = model.spec.tied_head;
+            for (i, linear) in model.linears_mut().enumerate() {
+                linear.replacement = Some(change(&linear.weight, i));
+                if let Some(bias) = &mut linear.bias {
+                    bias.values = numbers(bias.values.len(), i + 50);
+                }
+            }
+            model.embedding.replacement = Some(change(&model.embedding.weight, 77));
+            if tied {
+                model.head.replacement = model.embedding.replacement.clone();
+            }
+            if let Some(positions) = &mut model.positions {
+                positions.replacement = Some(change(&positions.weight, 78));
+            }
+            for (i, vector) in model.vectors_mut().enumerate() {
+                vector.values = numbers(vector.values.len(), i + 100);
+            }
+            let out = dir.path().join(format!("{name}-{i}{}", if i == 1 { ".gguf" } else { "" }));
+            write_trained(source, &model, &out).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let back = Model::load(&Checkpoint::open(&out).unwrap()).unwrap();
+            let (got, want) = (everything(&back), everything(&model));
+            assert_eq!(got.len(), want.len());
+            for (k, (g, w)) in got.iter().zip(&want).enumerate() {
+                assert!(g == w, "{name} {i}: number {k} differs");
+            }
+        }
+    }
+}

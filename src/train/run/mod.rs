@@ -18,6 +18,7 @@ pub mod metrics;
 mod night;
 pub mod optimizer;
 pub mod order;
+pub mod pupil;
 pub mod report;
 pub mod schedule;
 mod states8;
@@ -46,8 +47,8 @@ pub trait Lesson {
     /// The loss of each of `examples`, without dropout.
     fn losses(&mut self, examples: &[Example]) -> Result<Vec<Loss>>;
 
-    /// What the model says to `prompt` now.
-    fn answer(&mut self, prompt: &str) -> Result<String>;
+    /// What the model says to each of `prompts` now.
+    fn answers(&mut self, prompts: &[String]) -> Result<Vec<String>>;
 
     /// Writes what was learned into the folder of the run, which is `finished` or was interrupted.
     fn save(&mut self, dir: &Path, finished: bool) -> Result<()>;

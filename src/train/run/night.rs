@@ -276,13 +276,13 @@ impl Night<'_> {
             }
             None => None,
         };
-        let mut samples = Vec::new();
-        for prompt in &self.settings.prompts {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(false);
-            }
-            samples.push(Sample { prompt: prompt.clone(), answer: self.lesson.answer(prompt)? });
+        let prompts = &self.settings.prompts;
+        let answers = self.lesson.answers(prompts)?;
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(false);
         }
+        let sample = |(prompt, answer): (&String, String)| Sample { prompt: prompt.clone(), answer };
+        let samples = prompts.iter().zip(answers).map(sample).collect();
         let step = self.progress.step;
         let val_loss = (loss.tokens > 0).then(|| loss.mean());
         if let Some(loss) = val_loss {

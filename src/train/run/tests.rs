@@ -77,8 +77,8 @@ impl Lesson for Bigrams {
         Ok(self.pass(examples, None))
     }
 
-    fn answer(&mut self, prompt: &str) -> Result<String> {
-        Ok(format!("{prompt}!"))
+    fn answers(&mut self, prompts: &[String]) -> Result<Vec<String>> {
+        Ok(prompts.iter().map(|p| format!("{p}!")).collect())
     }
 
     fn save(&mut self, dir: &Path, finished: bool) -> Result<()> {
