@@ -2,7 +2,7 @@
 
 use super::Dataset;
 use crate::train::batch::Example;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -43,7 +43,7 @@ pub struct Confusion {
 }
 
 /// The measures of one class.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClassMetrics {
     /// Its name.
     pub class: String,
@@ -58,7 +58,7 @@ pub struct ClassMetrics {
 }
 
 /// All measures.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// The share of examples that were told right.
     pub accuracy: f64,

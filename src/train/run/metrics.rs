@@ -1,6 +1,6 @@
 //! `metrics.jsonl`: a line for every step and every evaluation, as they happen.
 
-use super::classify::Scores;
+use crate::train::data::classes::Metrics as Classes;
 use anyhow::{Context, Result};
 use rushlight_models::checkpoint::AtomicFile;
 use serde::{Deserialize, Serialize};
@@ -49,7 +49,7 @@ pub struct Evaluation {
     pub samples: Vec<Sample>,
     /// How the validation set is classified.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub classification: Option<Scores>,
+    pub classification: Option<Classes>,
 }
 
 /// An answer.

@@ -17,7 +17,6 @@ pub mod folder;
 pub mod metrics;
 mod night;
 pub mod optimizer;
-pub mod order;
 pub mod pupil;
 pub mod report;
 pub mod schedule;
@@ -28,9 +27,9 @@ mod tests;
 pub use night::{End, Settings, Watch, train};
 
 use super::batch::{Example, Loss};
+use super::data::Dataset;
 use super::params::{Gradients, Params};
 use anyhow::Result;
-use std::ops::Range;
 use std::path::Path;
 
 /// What is to be learned: parameters, and how far they are from it.
@@ -54,19 +53,26 @@ pub trait Lesson {
     fn save(&mut self, dir: &Path, finished: bool) -> Result<()>;
 }
 
-/// `examples` in groups of neighbours that have at most `rows` tokens together, or are one alone.
-pub fn micro_batches(examples: &[Example], rows: usize) -> Vec<Range<usize>> {
-    let mut groups = Vec::new();
-    let (mut start, mut sum) = (0, 0);
-    for (i, example) in examples.iter().enumerate() {
-        if i > start && sum + example.ids.len() > rows {
-            groups.push(start..i);
-            (start, sum) = (i, 0);
-        }
-        sum += example.ids.len();
+/// Where examples come from.
+pub trait Data {
+    /// Number of items: what a batch and an epoch count.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
     }
-    if start < examples.len() {
-        groups.push(start..examples.len());
+
+    /// The sequences of some items.
+    fn batch(&self, items: &[usize]) -> Vec<Example>;
+}
+
+impl Data for Dataset {
+    fn len(&self) -> usize {
+        Dataset::len(self)
     }
-    groups
+
+    fn batch(&self, items: &[usize]) -> Vec<Example> {
+        Dataset::batch(self, items)
+    }
 }

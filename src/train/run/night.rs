@@ -1,16 +1,17 @@
 //! The loop: steps, evaluations and checkpoints until it is done or stopped.
 
 use super::checkpoint::{self, Checkpoints, Progress};
-use super::classify;
+use super::classify::Classification;
 use super::events::{Events, Scalar};
 use super::folder::Folder;
 use super::metrics::{Evaluation, Line, Metrics, Sample, Skipped, StepLine};
 use super::optimizer::{Optimizer, Rule, clip, norm};
-use super::order::{Order, mix};
 use super::report::Report;
 use super::schedule::Schedule;
-use super::{Lesson, micro_batches};
-use crate::train::batch::{Example, Loss};
+use super::{Data, Lesson};
+use crate::engine::random::Random;
+use crate::train::batch::Loss;
+use crate::train::data::{Batches, Position, micro_batches};
 use crate::train::params::Gradients;
 use anyhow::{Context, Result, bail};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,8 +49,8 @@ pub struct Settings {
     pub patience: Option<u64>,
     /// What the model is asked at each evaluation.
     pub prompts: Vec<String>,
-    /// The classes of the examples' answers and their names, where the validation set is to be classified.
-    pub classes: Option<(Vec<Vec<u32>>, Vec<String>)>,
+    /// The validation set as questions, where it is to be classified.
+    pub classes: Option<Classification>,
     /// Time between checkpoints.
     pub save_every: Duration,
     /// Threads of the optimizer.
@@ -85,8 +86,8 @@ pub struct End {
 /// When the model or the disk fails in a way that waiting does not mend, or the loss is no number several times in a row.
 pub fn train(
     lesson: &mut dyn Lesson,
-    train: &[Example],
-    validation: &[Example],
+    train: &dyn Data,
+    validation: Option<&dyn Data>,
     settings: &Settings,
     folder: &Folder,
     report: Report,
@@ -104,7 +105,7 @@ pub fn train(
     let time = now();
     let known: Vec<Vec<Scalar<'_>>> = metrics.lines().iter().map(|line| scalars(line, time)).collect();
     let events = Events::create(folder.dir(), time, &known.concat())?;
-    let order = Order::new(train.len(), settings.batch, settings.shuffle.then_some(settings.seed));
+    let batches = Batches::new(train.len(), settings.batch, settings.shuffle.then_some(settings.seed));
     let gradients = lesson.params().gradients();
     let mut night = Night {
         lesson,
@@ -120,7 +121,7 @@ pub fn train(
         progress,
         metrics,
         events,
-        order,
+        batches,
         gradients,
         saved: Instant::now(),
         save_after: settings.save_every,
@@ -132,8 +133,8 @@ pub fn train(
 
 struct Night<'a> {
     lesson: &'a mut dyn Lesson,
-    train: &'a [Example],
-    validation: &'a [Example],
+    train: &'a dyn Data,
+    validation: Option<&'a dyn Data>,
     settings: &'a Settings,
     folder: &'a Folder,
     report: Report,
@@ -144,7 +145,7 @@ struct Night<'a> {
     progress: Progress,
     metrics: Metrics,
     events: Events,
-    order: Order,
+    batches: Batches,
     gradients: Gradients,
     saved: Instant,
     save_after: Duration,
@@ -228,7 +229,11 @@ impl Night<'_> {
     fn step(&mut self) -> Result<Option<Line>> {
         let started = Instant::now();
         let step = self.progress.step;
-        let examples: Vec<Example> = self.order.of(step).into_iter().map(|i| self.train[i].clone()).collect();
+        let per_epoch = self.batches.per_epoch() as u64;
+        // The place in the data follows from the step.
+        let item = (step % per_epoch) as usize * self.settings.batch;
+        self.batches.seek(Position { epoch: step / per_epoch, item });
+        let examples = self.train.batch(&self.batches.next_batch());
         self.gradients.iter_mut().for_each(|g| g.fill(0.0));
         let mut loss = Loss::default();
         for (i, group) in micro_batches(&examples, self.settings.rows).into_iter().enumerate() {
@@ -263,17 +268,15 @@ impl Night<'_> {
     /// Loss, classes and samples of the parameters as they are; false: interrupted.
     fn evaluate(&mut self) -> Result<bool> {
         let mut loss = Loss::default();
-        for group in micro_batches(self.validation, self.settings.rows) {
+        for item in 0..self.validation.map_or(0, |data| data.len()) {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }
-            self.lesson.losses(&self.validation[group])?.into_iter().for_each(|l| loss += l);
+            let examples = self.validation.map_or(Vec::new(), |data| data.batch(&[item]));
+            self.lesson.losses(&examples)?.into_iter().for_each(|l| loss += l);
         }
         let classification = match &self.settings.classes {
-            Some((classes, names)) => {
-                let rows = self.settings.rows;
-                Some(classify::scores(self.lesson, self.validation, classes, names.clone(), rows)?)
-            }
+            Some(classification) => Some(classification.metrics(self.lesson, self.settings.rows)?),
             None => None,
         };
         let prompts = &self.settings.prompts;
@@ -383,4 +386,9 @@ fn scalars(line: &Line, time: f64) -> Vec<Scalar<'static>> {
         }
         Line::Skipped(_) => Vec::new(),
     }
+}
+
+/// A number that follows from two, unlike its neighbours.
+fn mix(seed: u64, n: u64) -> u64 {
+    Random::new(seed ^ Random::new(n).bits()).bits()
 }

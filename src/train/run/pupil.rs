@@ -12,7 +12,7 @@ use rushlight_models::adapter::write::{Description, Pair, Whole, write_gguf, wri
 use rushlight_models::checkpoint::export::write_trained;
 use rushlight_models::checkpoint::{Checkpoint, Kind};
 use rushlight_models::families::Role;
-use rushlight_models::tokenizer::{ChatTemplate, Tokenizer};
+use rushlight_models::tokenizer::{ChatTemplate, Specials, Tokenizer};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -198,7 +198,8 @@ impl Lesson for Pupil {
                     session.reply(&mut engine, &ask, &self.stop, &mut |_| {})?
                 }
                 None => {
-                    let ids = tokenizer.encode(prompt, true, false)?;
+                    let mut ids: Vec<u32> = tokenizer.bos().filter(|_| tokenizer.add_bos()).into_iter().collect();
+                    ids.extend(tokenizer.encode(prompt, Specials::AsText)?);
                     session.complete(&mut engine, ids, &ask, &self.stop, &mut |_| {})?
                 }
             };

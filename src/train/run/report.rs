@@ -153,9 +153,9 @@ pub fn duration(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::classify::Scores;
     use super::super::metrics::{Sample, StepLine};
     use super::*;
+    use crate::train::data::classes::Confusion;
 
     fn lines(steps: u64) -> Vec<Line> {
         let step = |step| {
@@ -170,14 +170,8 @@ mod tests {
         };
         let mut lines: Vec<Line> = (1..=steps).map(step).collect();
         let samples = vec![Sample { prompt: "<b>who</b>".into(), answer: "a candle".into() }];
-        let scores = Scores {
-            accuracy: 0.75,
-            precision: 0.5,
-            recall: 0.5,
-            f1: 0.5,
-            classes: vec!["yes".into(), "no".into()],
-            confusion: vec![vec![3, 1], vec![0, 0]],
-        };
+        let names = ["yes".to_string(), "no".to_string()];
+        let scores = Confusion::new(&names, [(0, Some(0)), (0, Some(0)), (1, Some(1)), (1, Some(0))]).metrics();
         lines.push(Line::Evaluation(Evaluation {
             step: steps,
             val_loss: Some(3.25),

@@ -106,6 +106,16 @@ impl Watch for Until<'_> {
     }
 }
 
+impl Data for Vec<Example> {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn batch(&self, items: &[usize]) -> Vec<Example> {
+        items.iter().map(|&i| self[i].clone()).collect()
+    }
+}
+
 fn examples(count: usize) -> Vec<Example> {
     let example = |i: usize| {
         let ids: Vec<u32> = (0..3 + i % 4).map(|k| ((i + 3 * k) % TOKENS) as u32).collect();
@@ -140,7 +150,7 @@ fn run(dir: &Path, lesson: &mut Bigrams, settings: &Settings, until: u64) -> (Re
     let mut watch = Until(until, &stop, Vec::new());
     let folder = Folder::open(dir).unwrap();
     let (data, validation) = (examples(30), examples(5));
-    let end = train(lesson, &data, &validation, settings, &folder, Report::default(), &stop, &mut watch);
+    let end = train(lesson, &data, Some(&validation), settings, &folder, Report::default(), &stop, &mut watch);
     (end, watch.2, std::fs::read(dir.join("result")).unwrap_or_default())
 }
 
@@ -266,17 +276,6 @@ fn the_best_is_kept_and_patience_ends() {
 }
 
 #[test]
-fn groups_hold_at_most_so_many_rows() {
-    let all = examples(6);
-    let sizes: Vec<usize> = all.iter().map(|e| e.ids.len()).collect();
-    assert_eq!(sizes, [3, 4, 5, 6, 3, 4]);
-    assert_eq!(micro_batches(&all, 10), [0..2, 2..3, 3..5, 5..6]);
-    assert_eq!(micro_batches(&all, 1).len(), 6);
-    assert_eq!(micro_batches(&all, usize::MAX), [0..6]);
-    assert!(micro_batches(&[], 10).is_empty());
-}
-
-#[test]
 fn a_disk_that_refuses_stops_nothing() {
     let dir = tempfile::tempdir().unwrap();
     begin(dir.path());
@@ -301,7 +300,8 @@ fn a_disk_that_refuses_stops_nothing() {
     let (data, stop) = (examples(30), AtomicBool::new(false));
     let mut watch = Blocks(dir.path(), Vec::new());
     let settings = Settings { eval_steps: 0, ..settings() };
-    let end = train(&mut Bigrams::new(), &data, &[], &settings, &folder, Report::default(), &stop, &mut watch).unwrap();
+    let end =
+        train(&mut Bigrams::new(), &data, None, &settings, &folder, Report::default(), &stop, &mut watch).unwrap();
     assert!(end.finished);
     assert_eq!(watch.1.len(), 2, "{:?}", watch.1);
     assert!(watch.1[0].contains("could not be written") && watch.1[0].contains("training goes on"), "{:?}", watch.1);

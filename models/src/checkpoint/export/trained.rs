@@ -3,7 +3,7 @@
 use super::directory::Directory;
 use crate::checkpoint::safetensors::{self, Entry};
 use crate::checkpoint::{Checkpoint, Kind, TensorInfo, Value, gguf};
-use crate::families::{Naming, Role, floats};
+use crate::families::{Role, floats};
 use crate::model::{Linear, Model, NormWeights, Weight};
 use crate::packing::{self, Rows};
 use crate::{Error, Result};
