@@ -78,8 +78,7 @@ impl Engine {
         Engine::from_model(checkpoint, model, options)
     }
 
-    /// Makes a model that was read from `checkpoint` ready. Adapters that are attached to it stay, unless others are asked
-    /// for.
+    /// Makes a model that was read from `checkpoint` ready. What is attached to it stays, unless `options` name adapters.
     pub fn from_model(checkpoint: Checkpoint, mut model: Model, options: &Options) -> Result<Engine> {
         if !options.adapters.is_empty() {
             adapter::attach(&mut model, &options.adapters)?;

@@ -55,6 +55,11 @@ impl Folder {
         Ok(Folder { dir: dir.to_owned(), known, _lock: lock })
     }
 
+    /// What the argument `name` of the run that is there was.
+    pub fn known(&self, name: &str) -> Option<&str> {
+        self.known.as_ref()?.get(name).map(String::as_str)
+    }
+
     /// A file or folder in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
