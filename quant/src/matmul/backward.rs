@@ -3,6 +3,7 @@
 use super::Matrix;
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
+use crate::formats::Format;
 use crate::kernels::{GemmShape, PANEL};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
@@ -24,6 +25,11 @@ thread_local! {
 }
 
 impl Cpu {
+    /// Whether [`Cpu::matmul_backward`] rounds gradients and weights of this format to bf16 before it multiplies them.
+    pub fn rounds_gradients(&self, _format: Format) -> bool {
+        false
+    }
+
     /// `dx[r, c] += sum_i sum_o dy[i][r, o] * weights[i][o, c]` for `n` rows: what the loss's gradients at the outputs of
     /// [`Cpu::matmul`] give at its input. `dy[i]` is `[n, weights[i].rows]`, `dx` is `[n, cols]`.
     ///
