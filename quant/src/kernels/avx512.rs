@@ -1,6 +1,7 @@
 //! AVX-512 with VNNI: 512-bit registers, four unsigned by signed byte products added to 32 bits in one step.
 
 use super::avx2::pack_table;
+use super::bf16;
 use super::codes256::{self, Codes, Dot, by_codes};
 use super::columns::compiled_columns;
 use super::lanes::compiled_lanes;
@@ -36,7 +37,7 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
-        half: None,
+        half: bf16::pays().then_some(bf16::KERNELS),
         peak: Some(peak),
         lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     }
