@@ -7,7 +7,7 @@ use rushlight::train::params::{Gradients, Params};
 use rushlight::train::tape::{Learner, Method};
 use rushlight_models::checkpoint::{Checkpoint, safetensors};
 use rushlight_models::families;
-use rushlight_models::model::Model;
+use rushlight_models::model::{Model, Weight};
 use rushlight_quant::{Cpu, Isa};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
@@ -20,6 +20,21 @@ pub fn isa() -> Isa {
 pub fn learner(model: &Path, threads: usize, method: &Method) -> Learner {
     let model = Model::load(&Checkpoint::open(model).unwrap()).unwrap();
     Learner::new(model, Cpu::new(threads, isa()), method, 1).unwrap()
+}
+
+/// Puts weights of f32 in the place of all others.
+pub fn in_floats(model: &mut Model) {
+    let floats = |weight: &Weight| {
+        let mut values = vec![0.0; weight.rows() * weight.cols()];
+        let rows = values.chunks_exact_mut(weight.cols()).enumerate();
+        rows.for_each(|(row, values)| weight.decode_row(row, values));
+        Weight::from_f32(weight.rows(), weight.cols(), &values).unwrap()
+    };
+    model.embedding.weight = floats(&model.embedding.weight);
+    let embedding = (model.embedding.id, model.embedding.weight.clone());
+    for linear in model.linears_mut() {
+        linear.weight = if linear.id == embedding.0 { embedding.1.clone() } else { floats(&linear.weight) };
+    }
 }
 
 /// The rows of a padded batch: without its padding.
@@ -55,6 +70,86 @@ pub fn relative(got: &[f32], want: &[f32]) -> f64 {
     let off: f64 = got.iter().zip(want).map(|(g, w)| square(f64::from(*g) - f64::from(*w))).sum();
     let all: f64 = want.iter().map(|w| square(f64::from(*w))).sum();
     if all == 0.0 { off.sqrt() } else { (off / all).sqrt() }
+}
+
+/// A number in [-1, 1) that depends on `seed` and `i` alone.
+pub fn noise(seed: u64, i: usize) -> f32 {
+    let x = (seed ^ (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)).wrapping_mul(0xD129_9D6D_3C5F_A5B5);
+    let x = (x ^ (x >> 31)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((x ^ (x >> 29)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+}
+
+/// Sequences of tokens below `vocabulary` with a loss on most of them.
+pub fn random_examples(lens: &[usize], vocabulary: usize, seed: u64) -> Vec<Example> {
+    let token = |i: usize| ((noise(seed, i) + 1.0) / 2.0 * (vocabulary - 1) as f32) as u32;
+    let each = lens.iter().enumerate().map(|(n, &len)| {
+        let ids = (0..len).map(|i| token(n * 1000 + i)).collect();
+        let targets = (0..len).map(|i| (i % 4 != 1).then(|| token(n * 1000 + 500 + i))).collect();
+        Example { ids, targets }
+    });
+    each.collect()
+}
+
+/// Random numbers instead of what is zero at the start: the `B`s of adapters.
+pub fn stir(learner: &mut Learner, size: f32) {
+    for (n, p) in learner.params_mut().list.iter_mut().enumerate() {
+        if p.name.contains(".lora_B") {
+            p.values.iter_mut().enumerate().for_each(|(i, x)| *x = size * noise(n as u64, i));
+        }
+    }
+}
+
+/// Compares the gradient of each parameter with differences of the loss: along itself and a random direction together.
+/// A difference may be off by `part` of what it should be and by `floor` times the length of all gradients.
+pub fn check_gradients(learner: &mut Learner, batch: &[Example], label: &str, step: f64, part: f64, floor: f64) {
+    check_some(learner, batch, label, |_| true, step, part, floor);
+}
+
+/// The same for the parameters whose names are `wanted`.
+pub fn check_some(
+    learner: &mut Learner,
+    batch: &[Example],
+    label: &str,
+    wanted: impl Fn(&str) -> bool,
+    step: f64,
+    part: f64,
+    floor: f64,
+) {
+    let mut gradients = learner.params().gradients();
+    let loss = learner.backward(batch, 5, &mut gradients).unwrap();
+    assert!(loss.sum.is_finite() && loss.tokens > 0, "{label}");
+    let all = length(&gradients, 1.0);
+    assert!(all.is_finite() && all > 0.0, "{label}");
+    let names: Vec<String> = learner.params().list.iter().map(|p| p.name.clone()).collect();
+    let mut spare = learner.params().gradients();
+    for n in (0..gradients.len()).filter(|&n| wanted(&names[n])) {
+        let gradient = &gradients[n];
+        let own = length(&vec![gradient.clone()], 1.0);
+        let random: Vec<f32> = (0..gradient.len()).map(|i| noise(77 + n as u64, i)).collect();
+        let random_length = random.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let along = |i: usize| {
+            let own = if own > 0.0 { f64::from(gradient[i]) / own } else { 0.0 };
+            own + f64::from(random[i]) / random_length
+        };
+        let want: f64 = (0..gradient.len()).map(|i| along(i) * f64::from(gradient[i])).sum();
+        let before = learner.params().list[n].values.clone();
+        // Far enough for the loss to move, near enough for it to move in a line.
+        let by = (step / want.abs().max(floor * all)).min(0.02 * (gradient.len() as f64).sqrt());
+        let mut at = |by: f64| {
+            let values = &mut learner.params_mut().list[n].values;
+            (0..before.len()).for_each(|i| values[i] = (f64::from(before[i]) + by * along(i)) as f32);
+            learner.backward(batch, 5, &mut spare).unwrap().sum
+        };
+        // A long step may turn a corner (another expert), a short one drown in rounding.
+        let mut got = Vec::new();
+        let fits = [1.0, 0.1, 5.0].into_iter().any(|times| {
+            let by = by * times;
+            got.push((at(by) - at(-by)) / (2.0 * by));
+            got.last().is_some_and(|got| (got - want).abs() < part * want.abs() + floor * all)
+        });
+        learner.params_mut().list[n].values.copy_from_slice(&before);
+        assert!(fits, "{label} {}: {got:?} by differences, {want} by the way back", names[n]);
+    }
 }
 
 /// The length of all gradients together.

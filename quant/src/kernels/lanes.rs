@@ -11,6 +11,8 @@ const LANES: usize = 16;
 /// See [`Lanes::rotate`].
 pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
 
+/// See [`Lanes::across`].
+pub type Across = fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32]);
 /// See [`Lanes::softmax_backward`].
 pub type SoftmaxBackward = fn(lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32]);
 
@@ -43,6 +45,8 @@ pub struct Lanes {
     pub scores: fn(&[f32], &[f32], &mut [f32]),
     /// `out += sum_i p[i] * values[i]` for the rows of `values`
     pub mix: fn(&[f32], &[f32], &mut [f32]),
+    /// up to 16 rows of `len` numbers, `stride` apart, as a panel `[len][16]`, where absent rows become zeros
+    pub across: Across,
     /// `dy *= act'(x)`
     pub activate_backward: fn(Activation, &[f32], &mut [f32]),
     /// the inputs of [`Lanes::gate`] become their gradients, given that of its output
@@ -321,6 +325,22 @@ pub fn mix(p: &[f32], values: &[f32], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+pub fn across(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32]) {
+    let (out, _) = out[..len * LANES].as_chunks_mut::<LANES>();
+    for (c, out) in out.chunks_mut(LANES).enumerate() {
+        let mut tile = [[0f32; LANES]; LANES];
+        for (r, row) in tile.iter_mut().enumerate().take(used) {
+            row[..out.len()].copy_from_slice(&rows[r * stride + c * LANES..][..out.len()]);
+        }
+        for (j, out) in out.iter_mut().enumerate() {
+            for r in 0..LANES {
+                out[r] = tile[r][j];
+            }
+        }
+    }
+}
+
 /// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! compiled {
@@ -361,6 +381,7 @@ macro_rules! compiled_lanes {
             soft_cap: compiled!($features, lanes::soft_cap, (cap: f32, x: &mut [f32])),
             scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
             mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
+            across: compiled!($features, lanes::across, (rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32])),
             activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
             gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
             soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
@@ -388,6 +409,7 @@ pub const PLAIN: Lanes = Lanes {
     soft_cap,
     scores,
     mix,
+    across,
     activate_backward,
     gate_backward,
     soft_cap_backward,

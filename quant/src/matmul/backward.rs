@@ -3,18 +3,20 @@
 use super::Matrix;
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
+use crate::formats::Format;
 use crate::kernels::{GemmShape, PANEL};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 
 /// Weight rows whose products are summed before they are added to the gradient. Fixed, as it decides the order of sums.
-const DEPTH: usize = 512;
+const DEPTH: usize = 256;
+/// Columns that one task takes (a row's sums do not depend on it).
+const WIDE: usize = 64;
 /// Rows whose sums are held in the nearest cache at a time.
 const BLOCK: usize = 96;
 
 #[derive(Default)]
 struct Scratch {
-    row: Vec<f32>,
     panels: Aligned<f32>,
     tile: Aligned<f32>,
 }
@@ -24,6 +26,11 @@ thread_local! {
 }
 
 impl Cpu {
+    /// Whether [`Cpu::matmul_backward`] rounds gradients and weights of this format to bf16 before it multiplies them.
+    pub fn rounds_gradients(&self, _format: Format) -> bool {
+        false
+    }
+
     /// `dx[r, c] += sum_i sum_o dy[i][r, o] * weights[i][o, c]` for `n` rows: what the loss's gradients at the outputs of
     /// [`Cpu::matmul`] give at its input. `dy[i]` is `[n, weights[i].rows]`, `dx` is `[n, cols]`.
     ///
@@ -39,24 +46,17 @@ impl Cpu {
         }
         let dx = Disjoint::new(dx);
         for (w, dy) in weights.iter().zip(dy) {
-            let width = w.format.block_len().max(64);
-            self.split(cols, width, &|columns| {
+            self.split(cols, WIDE, &|columns| {
                 SCRATCH.with_borrow_mut(|scratch| {
-                    let Scratch { row, panels, tile } = scratch;
+                    let Scratch { panels, tile } = scratch;
                     let padded = columns.len().next_multiple_of(PANEL);
-                    row.resize(columns.len(), 0.0);
                     panels.reserve(DEPTH * padded);
                     tile.reserve(BLOCK * padded);
                     for first in (0..w.rows).step_by(DEPTH) {
                         let depth = DEPTH.min(w.rows - first);
-                        for k in 0..depth {
-                            w.decode(first + k, columns.clone(), row);
-                            for (p, part) in row.chunks(PANEL).enumerate() {
-                                let to = &mut panels[(p * depth + k) * PANEL..][..PANEL];
-                                to[..part.len()].copy_from_slice(part);
-                                to[part.len()..].fill(0.0);
-                            }
-                        }
+                        let data = &w.data[first * w.row_bytes()..(first + depth) * w.row_bytes()];
+                        let pack = (self.kernels.columns)(w.format);
+                        pack(data, w.row_bytes(), depth, columns.clone(), depth * PANEL, panels);
                         for start in (0..n).step_by(BLOCK) {
                             let m = BLOCK.min(n - start);
                             let (lda, ldb) = (w.rows, depth * PANEL);

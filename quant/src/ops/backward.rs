@@ -10,6 +10,9 @@ const GRAIN: usize = 4096;
 /// Columns of a parameter's gradient that one task sums over all rows.
 const COLUMNS: usize = 64;
 
+/// Adds to `dx` what row `row` gives, with room for another row, and returns the row's mean and what scaled it.
+type NormRow<'a> = dyn Fn(usize, &[f32], &[f32], &mut [f32], &mut [f32]) -> [f32; 2] + Sync + 'a;
+
 impl Cpu {
     /// [`Cpu::rms_norm`] backward: from `dy` (`[rows, width]`, as `x`) adds to `dx` and, where it is given, to `dweight`
     /// (`[width]`).
@@ -27,8 +30,7 @@ impl Cpu {
         dweight: Option<&mut [f32]>,
     ) {
         let (lanes, width) = (&self.kernels.lanes, weight.len());
-        let stats = self.norm_rows(width, x, dy, dx, &|row, x, dy, dx, g| {
-            let _ = row;
+        let stats = self.norm_rows(width, x, dy, dx, &|_, x, dy, dx, g| {
             let rstd = 1.0 / ((lanes.sum_squares)(x) / width as f32 + eps).sqrt();
             (lanes.scale_by)(dy, 1.0, weight, offset, g);
             let along = (lanes.dot)(g, x) * rstd / width as f32;
@@ -87,14 +89,7 @@ impl Cpu {
     }
 
     /// Calls `each(row, x, dy, dx, scratch)` for every row and gives what it returns: its mean and what scaled it.
-    fn norm_rows(
-        &self,
-        width: usize,
-        x: &[f32],
-        dy: &[f32],
-        dx: &mut [f32],
-        each: &(dyn Fn(usize, &[f32], &[f32], &mut [f32], &mut [f32]) -> [f32; 2] + Sync),
-    ) -> Vec<[f32; 2]> {
+    fn norm_rows(&self, width: usize, x: &[f32], dy: &[f32], dx: &mut [f32], each: &NormRow<'_>) -> Vec<[f32; 2]> {
         assert!(x.len() == dy.len() && x.len() == dx.len(), "gradients differ in size");
         let rows = x.len() / width.max(1);
         assert_eq!(rows * width, x.len(), "not whole rows");

@@ -1,6 +1,6 @@
 //! Derivatives of the element-wise operations.
 
-use super::{clamped_silu, erf, exp, gelu, gelu_tanh, relu, sigmoid, silu, tanh};
+use super::{clamped_silu, erf, exp, gelu, gelu_tanh, relu, sigmoid, silu};
 use crate::ops::Activation;
 
 #[inline(always)]
@@ -12,15 +12,16 @@ fn silu_slope(x: f32) -> f32 {
 #[inline(always)]
 fn gelu_slope(x: f32) -> f32 {
     // The density of the normal distribution: 1 / sqrt(2 pi) e^(-x^2 / 2).
-    let density = 0.398_942_28 * exp(-0.5 * x * x);
+    let density = 0.398_942_3 * exp(-0.5 * x * x);
     0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)) + x * density
 }
 
 #[inline(always)]
 fn gelu_tanh_slope(x: f32) -> f32 {
+    // 1 + tanh u = 2 sigmoid 2u, which does not cancel far below zero.
     let square = x * x;
-    let t = tanh(0.797_884_6 * (x + 0.044_715 * x * square));
-    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.797_884_6 * (1.0 + 0.134_145 * square)
+    let s = sigmoid(2.0 * 0.797_884_6 * (x + 0.044_715 * x * square));
+    s + 2.0 * x * s * (1.0 - s) * 0.797_884_6 * (1.0 + 0.134_145 * square)
 }
 
 #[inline(always)]
