@@ -16,6 +16,7 @@ mod pull;
 mod quantize;
 mod run;
 mod tokenize;
+mod train;
 
 pub use options::{Global, ModelOptions, SamplingOptions};
 pub use progress::Progress;
@@ -53,6 +54,7 @@ enum Command {
     Quantize(quantize::Args),
     Perplexity(perplexity::Args),
     Imatrix(imatrix::Args),
+    Train(Box<train::Args>),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
     Bench(bench::Args),
@@ -106,6 +108,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, global),
         Command::Perplexity(args) => perplexity::run(args, global),
         Command::Imatrix(args) => imatrix::run(args, global),
+        Command::Train(args) => train::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
         Command::Bench(args) => bench::run(args, global),

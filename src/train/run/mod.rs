@@ -17,6 +17,8 @@ pub mod folder;
 pub mod metrics;
 mod night;
 pub mod optimizer;
+pub mod plan;
+pub mod prepare;
 pub mod pupil;
 pub mod report;
 pub mod schedule;
