@@ -23,7 +23,7 @@ pub use report::{Report, Skipped};
 pub use show::show;
 pub use source::Source;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use dataset::Builder;
 use encode::Encoder;
 use read::Record;
@@ -87,7 +87,7 @@ pub fn load(
             group.push((line, record));
             if group.len() == GROUP { encode_group(&encoder, &mut group, &mut builder) } else { Ok(()) }
         })?;
-        encode_group(&encoder, &mut group, &mut builder)?;
+        encode_group(&encoder, &mut group, &mut builder).with_context(|| source.path.display().to_string())?;
         builder.end(unit)?;
     }
     Ok(builder.finish(sources, settings))

@@ -139,17 +139,25 @@ fn token_ranges(
         return Ok(turns.iter().map(range).collect());
     }
     // Where tokens do not spell the text, count those of the text up to the place.
-    let count = |at: usize| -> Result<usize> {
+    let count = |at: usize| -> Result<(usize, bool)> {
         let known = blocked.partition_point(|&b| b < at);
         let mut part = tokenizer.encode_except(&text[..at], Specials::Parse, &blocked[..known])?;
         let added = ids.first().filter(|&&id| Some(id) == tokenizer.bos() && part.first() != Some(&id));
         part.splice(..0, added.copied());
-        Ok(part.iter().zip(ids).take_while(|(a, b)| a == b).count())
+        let same = part.iter().zip(ids).take_while(|(a, b)| a == b).count();
+        Ok((same, same < part.len()))
     };
-    turns
-        .iter()
-        .map(|t| Ok(count(t.span.start)?..if t.span.end == text.len() { ids.len() } else { count(t.span.end)? }))
-        .collect()
+    let range = |turn: &Turn| {
+        let (start, _) = count(turn.span.start)?;
+        // A token that reaches across the end holds something of the turn.
+        let (end, across) = count(turn.span.end)?;
+        Ok(start..if turn.span.end == text.len() {
+            ids.len()
+        } else {
+            (end + usize::from(across)).clamp(start, ids.len())
+        })
+    };
+    turns.iter().map(range).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 use super::*;
 use crate::tokenizer::tests::{byte_level, shared};
 use serde_json::json;
-use std::path::Path;
 
 fn talk(turns: &[(&str, &str)]) -> Vec<Value> {
     turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect()
@@ -75,15 +74,18 @@ fn turns_that_the_template_rewrites_are_found_by_their_contents() {
 
 #[test]
 fn tokens_that_do_not_spell_the_text_are_counted_instead() {
-    let mut lower = serde_json::to_value(json!({
-        "model": {"type": "BPE", "vocab": {}, "merges": []}, "normalizer": {"type": "Lowercase"},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}, "decoder": {"type": "ByteLevel"},
-        "added_tokens": [{"id": 256, "content": "<|im_start|>", "special": true}, {"id": 257, "content": "<|im_end|>", "special": true}],
-    }))
-    .unwrap();
+    let mark = |id: u32, content: &str| json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false});
+    let bytewise = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    let mut lower = json!({
+        "version": "1.0", "normalizer": {"type": "Lowercase"}, "pre_tokenizer": bytewise, "decoder": bytewise,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "added_tokens": [mark(256, "<|im_start|>"), mark(257, "<|im_end|>")],
+    });
     let bytes = (0..=255u8).map(|b| (crate::tokenizer::words::spell(&[b]), json!(b)));
     lower["model"]["vocab"] = Value::Object(bytes.collect());
-    let t = Tokenizer::from_bytes(lower.to_string().as_bytes(), Path::new("tokenizer.json")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), lower.to_string()).unwrap();
+    let t = Tokenizer::from_dir(dir.path()).unwrap();
     assert!(t.places("ABC", &t.encode("ABC", Specials::AsText).unwrap()).is_none());
     let messages = talk(&[("user", "Hell"), ("assistant", "One"), ("user", "More"), ("assistant", "TWO")]);
     let found = said(&ChatTemplate::builtin("chatml").unwrap(), &t, &messages).unwrap();
