@@ -60,7 +60,8 @@ fn text(path: PathBuf) -> String {
 
 /// Every file of an adapter.
 fn adapter(dir: &Path) -> [Vec<u8>; 2] {
-    ["adapter_model.safetensors", "adapter_config.json"].map(|name| std::fs::read(dir.join("adapter").join(name)).unwrap())
+    ["adapter_model.safetensors", "adapter_config.json"]
+        .map(|name| std::fs::read(dir.join("adapter").join(name)).unwrap())
 }
 
 #[test]
@@ -92,9 +93,31 @@ fn the_curves_of_pytorch() {
         let out = dir.path().join(key);
         let (lr, decay, clip, steps) = (number("lr"), number("wd"), number("clip"), number("steps"));
         let args = [
-            "train", &model, "--data", &data, "-o", out.to_str().unwrap(), "--method", method, "--lr", &lr, "--schedule", "constant",
-            "--warmup-steps", "0", "--weight-decay", &decay, "--clip", &clip, "--batch-size", &size, "--max-steps", &steps,
-            "--no-shuffle", "--template", "none",
+            "train",
+            &model,
+            "--data",
+            &data,
+            "-o",
+            out.to_str().unwrap(),
+            "--method",
+            method,
+            "--lr",
+            &lr,
+            "--schedule",
+            "constant",
+            "--warmup-steps",
+            "0",
+            "--weight-decay",
+            &decay,
+            "--clip",
+            &clip,
+            "--batch-size",
+            &size,
+            "--max-steps",
+            &steps,
+            "--no-shuffle",
+            "--template",
+            "none",
         ];
         ok(&[&args[..], extra].concat());
         let lines = metrics(&out);
@@ -107,15 +130,38 @@ fn the_curves_of_pytorch() {
         }
     }
     // What full fine-tuning wrote is a model.
-    let logits: Value = serde_json::from_str(&ok(&["logits", &text(dir.path().join("full_ft/model")), "--ids", "1,2", "--json"])).unwrap();
+    let logits: Value =
+        serde_json::from_str(&ok(&["logits", &text(dir.path().join("full_ft/model")), "--ids", "1,2", "--json"]))
+            .unwrap();
     assert!(logits["positions"][0]["logits"].as_array().unwrap().iter().all(|v| v.is_number()));
 }
 
 /// The arguments of a run of 60 steps with everything that has a state.
 fn long_run<'a>(model: &'a str, data: &'a str, out: &'a str) -> Vec<&'a str> {
     vec![
-        "train", model, "--data", data, "-o", out, "--max-steps", "60", "--batch-size", "3", "--lora-dropout", "0.1",
-        "--lr", "0.003", "--val-split", "0.1", "--eval-steps", "7", "--save-minutes", "0", "--template", "none", "--quiet",
+        "train",
+        model,
+        "--data",
+        data,
+        "-o",
+        out,
+        "--max-steps",
+        "60",
+        "--batch-size",
+        "3",
+        "--lora-dropout",
+        "0.1",
+        "--lr",
+        "0.003",
+        "--val-split",
+        "0.1",
+        "--eval-steps",
+        "7",
+        "--save-minutes",
+        "0",
+        "--template",
+        "none",
+        "--quiet",
     ]
 }
 
@@ -136,7 +182,8 @@ fn killed_at_any_moment_it_ends_alike() {
     // Eight kills spread over the run, each at a moment of its own; then to the end, with other threads.
     let mut kills = 0;
     for i in 0..8u32 {
-        let mut child = rushlight(&[&args[..], &["--threads", if i % 2 == 0 { "1" } else { "2" }]].concat()).spawn().unwrap();
+        let mut child =
+            rushlight(&[&args[..], &["--threads", if i % 2 == 0 { "1" } else { "2" }]].concat()).spawn().unwrap();
         std::thread::sleep(time * (2 + (i * 7919) % 5) / 16 + Duration::from_millis(u64::from(i * 37 % 50)));
         kills += u32::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
@@ -154,8 +201,10 @@ fn killed_at_any_moment_it_ends_alike() {
     };
     assert_eq!(plain(&out), plain(&whole));
     // Checkpoints do not pile up.
-    let names: Vec<String> =
-        std::fs::read_dir(out.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let names: Vec<String> = std::fs::read_dir(out.join("checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     assert_eq!(names.iter().filter(|n| n.starts_with("step-")).count(), 2, "{names:?}");
 }
 
@@ -166,7 +215,18 @@ fn a_signal_saves_and_the_same_command_goes_on() {
     let (model, data) = (fixture("llama"), write_tokens(&dir.path().join("t.jsonl"), 30));
     let out = dir.path().join("out");
     let args = [
-        "train", &model, "--data", &data, "-o", out.to_str().unwrap(), "--max-steps", "4000", "--batch-size", "2", "--template", "none",
+        "train",
+        &model,
+        "--data",
+        &data,
+        "-o",
+        out.to_str().unwrap(),
+        "--max-steps",
+        "4000",
+        "--batch-size",
+        "2",
+        "--template",
+        "none",
     ];
     for signal in ["-TERM", "-INT"] {
         let child = rushlight(&args).spawn().unwrap();
@@ -226,7 +286,8 @@ fn what_is_wrong_is_said_before_any_work() {
     fn text_of(path: PathBuf) -> String {
         path.to_str().unwrap().to_string()
     }
-    let chat = file("chat.jsonl", r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"ho"}]}"#);
+    let chat =
+        file("chat.jsonl", r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"ho"}]}"#);
     let outside = file("outside.jsonl", r#"{"input_ids":[1,2,3],"labels":[1,2,99999]}"#);
     let unlearned = file("unlearned.jsonl", r#"{"input_ids":[1,2,3],"labels":[-100,-100,-100]}"#);
     let rubbish = file("rubbish.jsonl", "\u{0}\u{1}{{{{");
@@ -322,14 +383,31 @@ fn every_method_writes_what_it_learned() {
 fn stories_are_learned() {
     let Some(model) = shared("models/stories260K-hf") else { return };
     let dir = tempfile::tempdir().unwrap();
-    let tale = "Tom had a red kite. The kite flew up, up, up. Tom said: fly, kite, fly! The kite was gone in the blue sky. ";
+    let tale =
+        "Tom had a red kite. The kite flew up, up, up. Tom said: fly, kite, fly! The kite was gone in the blue sky. ";
     let lines: Vec<String> = (0..12).map(|i| json!({"text": tale.repeat(1 + i % 3)}).to_string()).collect();
     let data = dir.path().join("tales.jsonl");
     std::fs::write(&data, lines.join("\n")).unwrap();
     let (model, data, out) = (text(model), text(data), dir.path().join("out"));
     ok(&[
-        "train", &model, "--data", &data, "-o", out.to_str().unwrap(), "--epochs", "8", "--lr", "0.01", "--batch-size", "2",
-        "--val-split", "0.2", "--sample-prompt", "Tom had a red", "--template", "none",
+        "train",
+        &model,
+        "--data",
+        &data,
+        "-o",
+        out.to_str().unwrap(),
+        "--epochs",
+        "8",
+        "--lr",
+        "0.01",
+        "--batch-size",
+        "2",
+        "--val-split",
+        "0.2",
+        "--sample-prompt",
+        "Tom had a red",
+        "--template",
+        "none",
     ]);
     let lines = metrics(&out);
     let losses: Vec<f64> = lines.iter().filter_map(|l| l["loss"].as_f64()).collect();

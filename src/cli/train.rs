@@ -3,7 +3,7 @@
 use super::interrupt;
 use super::options::Global;
 use super::progress::Progress as Bar;
-use super::{Interrupted, Usage, print_json, size};
+use super::{Interrupted, Usage, print_json};
 use crate::quantize::memory::{parse_size, total};
 use crate::store::Store;
 use crate::train::batch::Example;
@@ -25,7 +25,6 @@ use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Train an adapter (or all weights) on examples
@@ -429,7 +428,8 @@ fn tell_end(args: &Args, end: &End, pupil: &Pupil, folder: &Folder) -> Result<()
     let Progress { step, tokens, seconds, skipped, best, stopped, .. } = end.progress;
     if !end.finished {
         let place = folder.dir().display();
-        writeln!(std::io::stderr(), "stopped after step {step}; everything is in {place}, the same command goes on").ok();
+        writeln!(std::io::stderr(), "stopped after step {step}; everything is in {place}, the same command goes on")
+            .ok();
         return Err(Interrupted.into());
     }
     let result = pupil.result(folder.dir());

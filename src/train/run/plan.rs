@@ -271,7 +271,8 @@ mod tests {
         let limit = error.split("--memory ").nth(1).unwrap().split(',').next().unwrap().to_string();
         let limit = crate::quantize::memory::parse_size(limit.split(' ').next().unwrap()).unwrap();
         Plan::choose(&model, &Method::Lora(LoraConfig::default()), &Wish { limit, ..wish }).unwrap();
-        let shorter: usize = error.split("--max-seq-len ").nth(1).unwrap().split([' ', ',']).next().unwrap().parse().unwrap();
+        let shorter: usize =
+            error.split("--max-seq-len ").nth(1).unwrap().split([' ', ',']).next().unwrap().parse().unwrap();
         let wish = Wish { longest: shorter, step: shorter, ..wish };
         Plan::choose(&model, &Method::Lora(LoraConfig::default()), &wish).unwrap();
     }

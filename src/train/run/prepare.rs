@@ -140,7 +140,10 @@ impl Request {
             validation.is_some() || (self.patience.is_none() && !self.classify),
             "--patience and --compute-classification-metrics need a validation set: give --validation FILE or --val-split"
         );
-        ensure!(self.prompts.is_empty() || tokenizer.is_some(), "--sample-prompt needs a tokenizer, which the model lacks");
+        ensure!(
+            self.prompts.is_empty() || tokenizer.is_some(),
+            "--sample-prompt needs a tokenizer, which the model lacks"
+        );
         let batch = self.batch.unwrap_or_else(|| auto_batch_size(data.len())).min(data.len().max(1)) * self.accumulate;
         let per_epoch = data.len().div_ceil(batch).max(1) as u64;
         let epochs = |epochs: f64| ((per_epoch as f64 * epochs).round() as u64).max(1);
@@ -188,7 +191,17 @@ impl Request {
         let arguments = self.arguments(&checkpoint, &data, validation.as_ref(), &settings)?;
         let method = self.method.clone();
         Ok(Prepared {
-            checkpoint, model, tokenizer, template, data, validation, settings, per_epoch, arguments, wish, method,
+            checkpoint,
+            model,
+            tokenizer,
+            template,
+            data,
+            validation,
+            settings,
+            per_epoch,
+            arguments,
+            wish,
+            method,
         })
     }
 

@@ -35,12 +35,7 @@ impl MemoryEstimate {
 ///
 /// # Errors
 /// When the method does not fit the model.
-pub fn memory(
-    model: &Model,
-    method: &Method,
-    rows: usize,
-    checkpointing: Checkpointing,
-) -> Result<MemoryEstimate> {
+pub fn memory(model: &Model, method: &Method, rows: usize, checkpointing: Checkpointing) -> Result<MemoryEstimate> {
     let (spec, params) = (&model.spec, 4 * count(model, method)?);
     let adapted = adapted(model, method)?;
     let layers = spec.layers.len();
