@@ -10,6 +10,7 @@ mod experts;
 mod learner;
 mod linear;
 mod lora;
+mod memory;
 mod method;
 mod noise;
 mod norm;
@@ -21,6 +22,7 @@ mod sites;
 mod targets;
 
 pub use learner::Learner;
+pub use memory::{MemoryEstimate, memory};
 pub use method::{Checkpointing, LoraConfig, Method};
 pub use sites::Sites;
 pub use targets::{Module, module};
