@@ -206,6 +206,131 @@ fn weight_decomposition() {
     lesson::check_some(&mut dora, &batch, "magnitudes", |name| name.contains("magnitude"), 0.05, 0.02, 2e-4);
 }
 
+/// The loss of a learner, and the engine's with what was learnt attached.
+fn check_attached(learner: &mut Learner, dir: &Path, label: &str) {
+    let batch = random_examples(&[19, 7], 300, 4);
+    let here = learner.loss(&batch).unwrap().sum;
+    let model = learner.model_with_adapter().unwrap();
+    let mut engine = Engine::from_model(Checkpoint::open(dir).unwrap(), model, &options(&[])).unwrap();
+    let there = loss(&mut engine, &batch);
+    assert!((here - there).abs() < 2e-3, "{label}: {here} {there}");
+}
+
+#[test]
+fn what_was_learnt_is_attached_for_the_engine() {
+    for name in ["llama", "phi3", "gpt2", "baichuan-7b", "deepseek_v2", "olmo2"] {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let config = LoraConfig { dora: true, train_full: vec![".*norm.*|ln_.".into()], ..LoraConfig::default() };
+        let mut methods = vec![lora(config), Method::Full];
+        if name != "deepseek_v2" {
+            methods.push(Method::Prefix { tokens: 3 });
+        }
+        for method in methods {
+            let mut learner = learner(&dir, 2, &method);
+            for (n, p) in learner.params_mut().list.iter_mut().enumerate() {
+                p.values.iter_mut().enumerate().for_each(|(i, x)| *x += 0.1 * lesson::noise(n as u64, i));
+            }
+            check_attached(&mut learner, &dir, &format!("{name} {method:?}"));
+        }
+    }
+}
+
+/// Adapters that PEFT made, taken to go on from: the loss is the engine's with them.
+#[test]
+fn going_on_from_an_adapter() {
+    for name in [
+        "baichuan-7b/adapters/lora-wpack",
+        "baichuan-7b/adapters/lora-rslora",
+        "baichuan2-13b/adapters/lora-wpack",
+        "chatglm2-6b/adapters/lora-qkv",
+        "internlm2/adapters/lora-wqkv",
+        "llama/adapters/dora",
+        "llama/adapters/lora-qv",
+        "llama/adapters/lora-rslora-all",
+        "qwen2/adapters/lora-qkvo",
+    ] {
+        let Some(adapter) = shared(&format!("fixtures/families/{name}")) else { return };
+        let dir = adapter.parent().unwrap().parent().unwrap();
+        let peft = golden::json(&adapter.join("adapter_config.json"));
+        let config = LoraConfig {
+            rank: peft["r"].as_u64().unwrap() as usize,
+            alpha: peft["lora_alpha"].as_f64().unwrap() as f32,
+            rslora: peft["use_rslora"].as_bool().unwrap_or(false),
+            dora: peft["use_dora"].as_bool().unwrap_or(false),
+            targets: peft["target_modules"].as_array().unwrap().iter().map(|t| t.as_str().unwrap().into()).collect(),
+            init: Some(adapter.clone()),
+            ..LoraConfig::default()
+        };
+        let mut learner = learner(dir, 2, &Method::Lora(config.clone()));
+        let batch = random_examples(&[19, 7], 300, 4);
+        let here = learner.loss(&batch).unwrap().sum;
+        let mut engine = Engine::open(dir, &options(&[&adapter])).unwrap();
+        let there = loss(&mut engine, &batch);
+        assert!((here - there).abs() < 2e-3, "{name}: {here} {there}");
+        check_attached(&mut learner, dir, name);
+        // Asked for otherwise than it is.
+        let model = || Model::load(&Checkpoint::open(dir).unwrap()).unwrap();
+        let refused = |config: LoraConfig| {
+            let learner = Learner::new(model(), Cpu::new(1, isa()), &Method::Lora(config), 1);
+            learner.err().expect("refused").to_string()
+        };
+        assert!(refused(LoraConfig { rank: 2, ..config.clone() }).contains("--lora-r"));
+        assert!(refused(LoraConfig { dora: !config.dora, ..config.clone() }).contains("DoRA"));
+    }
+}
+
+#[test]
+fn modules_are_called_as_the_family_calls_them() {
+    let names = |name: &str, targets: &[&str]| -> Option<Result<Vec<String>, String>> {
+        let dir = shared(&format!("fixtures/families/{name}"))?;
+        let model = Model::load(&Checkpoint::open(&dir).unwrap()).unwrap();
+        let targets = targets.iter().map(|t| t.to_string()).collect();
+        let method = lora(LoraConfig { targets, ..LoraConfig::default() });
+        let learner = Learner::new(model, Cpu::new(1, isa()), &method, 1).map_err(|e| e.to_string());
+        let first = |l: Learner| {
+            let all = l.params().list.iter().map(|p| p.name.clone());
+            all.filter(|n| n.contains("layers.0.") || n.contains("h.0.") || n.contains("head")).collect()
+        };
+        Some(learner.map(first))
+    };
+    for (family, targets, want) in [
+        (
+            "llama",
+            vec!["q_proj"],
+            vec!["model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.lora_B"],
+        ),
+        ("llama", vec!["lm_head"], vec!["lm_head.lora_A", "lm_head.lora_B"]),
+        (
+            "baichuan-7b",
+            vec!["W_pack"],
+            vec![
+                "model.layers.0.self_attn.W_pack.lora_A",
+                "model.layers.0.self_attn.W_pack.lora_B.Q",
+                "model.layers.0.self_attn.W_pack.lora_B.K",
+                "model.layers.0.self_attn.W_pack.lora_B.V",
+            ],
+        ),
+        (
+            "deepseek_v2",
+            vec!["kv_a_proj_with_mqa"],
+            vec![
+                "model.layers.0.self_attn.kv_a_proj_with_mqa.lora_A",
+                "model.layers.0.self_attn.kv_a_proj_with_mqa.lora_B.K",
+                "model.layers.0.self_attn.kv_a_proj_with_mqa.lora_B.V",
+            ],
+        ),
+        ("gpt2", vec!["attn.c_proj"], vec!["transformer.h.0.attn.c_proj.lora_A", "transformer.h.0.attn.c_proj.lora_B"]),
+    ] {
+        let Some(got) = names(family, &targets) else { return };
+        assert_eq!(got.unwrap(), want);
+    }
+    let all = names("mixtral", &["all-linear"]).unwrap().unwrap();
+    assert!(all.iter().any(|n| n.contains("experts.3.w2")) && !all.iter().any(|n| n.contains("moe.gate")));
+    assert!(names("mixtral", &["gate"]).unwrap().unwrap().iter().all(|n| n.contains("block_sparse_moe.gate")));
+    let error = names("llama", &["q_proj", "c_attn"]).unwrap().unwrap_err();
+    assert!(error.contains("'c_attn'") && error.contains("q_proj, k_proj"), "{error}");
+}
+
 /// A llama whose rows are whole blocks of every format.
 fn wide_llama(dir: &Path) -> Model {
     const WIDTH: usize = 256;

@@ -6,7 +6,7 @@ mod lesson;
 use golden::{json, shared};
 use lesson::{Adam, examples, learner, length, named, relative, tensors};
 use rushlight::train::batch::Loss;
-use rushlight::train::tape::{Checkpointing, Learner, LoraConfig, Method};
+use rushlight::train::tape::{Checkpointing, Learner, LoraConfig, Method, memory};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::model::Model;
 use rushlight_quant::Cpu;
@@ -178,5 +178,32 @@ fn ten_steps_of_a_real_model() {
             compare(&got, &dir.join(format!("{file}.safetensors")));
         }
         adam.step(learner.params_mut(), &gradients, 1.0 / loss.tokens as f64);
+    }
+}
+
+/// What a step takes is what the plan says, within a tenth.
+#[test]
+fn memory_is_as_planned() {
+    let Some(dir) = shared("models/stories15M-hf") else { return };
+    for method in [Method::Lora(LoraConfig::default()), Method::Full] {
+        for checkpointing in [Checkpointing::None, Checkpointing::Layers(3), Checkpointing::All] {
+            for lens in [&[64, 64][..], &[256]] {
+                let model = Model::load(&Checkpoint::open(&dir).unwrap()).unwrap();
+                let rows = lens.iter().sum();
+                let plan = memory(&model, &method, rows, checkpointing).unwrap();
+                let mut learner = Learner::new(model, Cpu::new(2, lesson::isa()), &method, 1).unwrap();
+                learner.set_checkpointing(checkpointing);
+                let mut batch = lesson::random_examples(lens, 32000, 1);
+                batch.iter_mut().for_each(|e| e.targets = e.ids.iter().map(|&id| Some(id)).collect());
+                let mut gradients = learner.params().gradients();
+                for _ in 0..2 {
+                    learner.backward(&batch, 0, &mut gradients).unwrap();
+                }
+                let got = learner.scratch() as f64 / (plan.activations + plan.scratch + plan.logits) as f64;
+                println!("{checkpointing:?} {rows}: {got} {plan:?}");
+                assert!((0.9..1.1).contains(&got), "{checkpointing:?} {rows}: {got} of the plan");
+                assert_eq!(plan.params, 4 * learner.params().count() as u64);
+            }
+        }
     }
 }
