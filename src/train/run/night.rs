@@ -19,6 +19,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Steps in a row whose numbers are none before the run gives up.
 const BAD: u64 = 5;
+/// Items of the validation set that are taken at a time.
+const EVALUATED: usize = 64;
 /// How long the report stays as it is at least.
 const REPORT: Duration = Duration::from_secs(20);
 /// How long after a checkpoint that could not be written the next is tried.
@@ -100,7 +102,9 @@ pub fn train(
     if let Some(progress) = &loaded {
         watch.note(&format!("going on after step {} of {}", progress.step, settings.schedule.steps));
     }
-    let progress = loaded.unwrap_or_default();
+    let mut progress = loaded.unwrap_or_default();
+    // With more patience than it had, a run goes on.
+    progress.stopped = settings.patience.is_some_and(|most| progress.waited >= most);
     let metrics = Metrics::open(&folder.path("metrics.jsonl"), progress.step, progress.evaluated)?;
     let time = now();
     let known: Vec<Vec<Scalar<'_>>> = metrics.lines().iter().map(|line| scalars(line, time)).collect();
@@ -268,12 +272,15 @@ impl Night<'_> {
     /// Loss, classes and samples of the parameters as they are; false: interrupted.
     fn evaluate(&mut self) -> Result<bool> {
         let mut loss = Loss::default();
-        for item in 0..self.validation.map_or(0, |data| data.len()) {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(false);
+        let items: Vec<usize> = (0..self.validation.map_or(0, |data| data.len())).collect();
+        for items in items.chunks(EVALUATED) {
+            let examples = self.validation.map_or(Vec::new(), |data| data.batch(items));
+            for group in micro_batches(&examples, self.settings.rows) {
+                if self.stop.load(Ordering::Relaxed) {
+                    return Ok(false);
+                }
+                self.lesson.losses(&examples[group])?.into_iter().for_each(|l| loss += l);
             }
-            let examples = self.validation.map_or(Vec::new(), |data| data.batch(&[item]));
-            self.lesson.losses(&examples)?.into_iter().for_each(|l| loss += l);
         }
         let classification = match &self.settings.classes {
             Some(classification) => Some(classification.metrics(self.lesson, self.settings.rows)?),

@@ -1,31 +1,18 @@
-//! `rushlight train`: fit an adapter, or all weights, to examples.
+//! What `rushlight train` can be told.
 
-use super::interrupt;
-use super::options::Global;
-use super::progress::Progress as Bar;
-use super::{Interrupted, Usage, print_json};
+use crate::cli::Usage;
 use crate::quantize::memory::{parse_size, total};
 use crate::store::Store;
-use crate::train::batch::Example;
-use crate::train::data::{Source, TooLong, show};
-use crate::train::run::checkpoint::{Checkpoints, Progress};
-use crate::train::run::folder::Folder;
-use crate::train::run::metrics::{Evaluation, StepLine};
+use crate::train::data::{Source, TooLong};
 use crate::train::run::optimizer::Rule;
-use crate::train::run::plan::{Plan, clock_offset, ends};
-use crate::train::run::prepare::{Prepared, Request};
-use crate::train::run::pupil::Pupil;
-use crate::train::run::report::{Report, duration};
+use crate::train::run::prepare::Request;
 use crate::train::run::schedule::Shape;
-use crate::train::run::{End, Lesson, Watch, train};
-use crate::train::tape::{Learner, LoraConfig, Method};
-use anyhow::{Result, anyhow};
-use rushlight_quant::{Cpu, Isa, physical_cores};
-use serde_json::json;
-use std::io::{IsTerminal, Write};
+use crate::train::tape::{LoraConfig, Method};
+use anyhow::Result;
+use rushlight_quant::physical_cores;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Train an adapter (or all weights) on examples
 ///
@@ -36,19 +23,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A .gguf file, a Hugging Face directory, or a name in the store
-    model: String,
+    pub(super) model: String,
     /// Examples, with how often each comes in an epoch if that is not 1; may be repeated
-    #[arg(long, value_name = "FILE[=WEIGHT]", required = true, num_args = 1..)]
+    #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
     data: Vec<Source>,
     /// The folder of the run
     #[arg(short, long, value_name = "DIR", required_unless_present_any = ["plan", "show_data"])]
-    output: Option<PathBuf>,
+    pub(super) output: Option<PathBuf>,
     /// Show what the run will take, measure a step, and end
     #[arg(long)]
-    plan: bool,
+    pub(super) plan: bool,
     /// Show the first N examples, what is learned in green, and end
     #[arg(long, value_name = "N")]
-    show_data: Option<usize>,
+    pub(super) show_data: Option<usize>,
     /// Memory that may be used, such as 6GB (default: half of the machine's)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
@@ -60,14 +47,14 @@ pub struct Args {
     save_minutes: f64,
     /// Go on with a run although arguments have changed
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
     /// Print one JSON object at the end
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
     #[command(flatten)]
     data_options: DataOptions,
     #[command(flatten)]
-    method: MethodOptions,
+    pub(super) method: MethodOptions,
     #[command(flatten)]
     steps: StepOptions,
     #[command(flatten)]
@@ -99,10 +86,10 @@ struct DataOptions {
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Method")]
-struct MethodOptions {
+pub(super) struct MethodOptions {
     /// lora: low-rank adapters on frozen weights. full: all weights, in f32. prefix: keys and values before every sequence
     #[arg(long, value_enum, default_value = "lora")]
-    method: Kind,
+    pub(super) method: Kind,
     /// Rank of the adapters
     #[arg(long, value_name = "N", default_value_t = 8)]
     lora_r: usize,
@@ -135,11 +122,11 @@ struct MethodOptions {
     prefix_tokens: usize,
     /// Write the adapter in llama.cpp's form, too: DIR/adapter.gguf
     #[arg(long)]
-    gguf: bool,
+    pub(super) gguf: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Kind {
+pub(super) enum Kind {
     Lora,
     Full,
     Prefix,
@@ -161,7 +148,7 @@ struct StepOptions {
     #[arg(long, value_name = "N", default_value = "1")]
     grad_accum: NonZeroUsize,
     /// Learning rate (default: lora 2e-4, full 1e-5, prefix 1e-2)
-    #[arg(long, value_name = "X", visible_alias = "learning-rate")]
+    #[arg(long, value_name = "X", visible_alias = "learning-rate", allow_negative_numbers = true)]
     lr: Option<f64>,
     /// The learning rate times this
     #[arg(long, value_name = "X", default_value_t = 1.0)]
@@ -195,8 +182,8 @@ struct StepOptions {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Evaluation")]
 struct EvaluationOptions {
-    /// Examples to measure on; the best parameters by their loss are kept
-    #[arg(long, value_name = "FILE", num_args = 1..)]
+    /// Examples to measure on; the best parameters by their loss are kept; may be repeated
+    #[arg(long, value_name = "FILE")]
     validation: Vec<Source>,
     /// Set this share of the examples aside for that
     #[arg(long, value_name = "P", conflicts_with = "validation")]
@@ -208,7 +195,7 @@ struct EvaluationOptions {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     patience: Option<u64>,
     /// Ask the model this at each evaluation; may be repeated
-    #[arg(long = "sample-prompt", value_name = "TEXT", num_args = 1..)]
+    #[arg(long = "sample-prompt", value_name = "TEXT")]
     prompts: Vec<String>,
     /// Accuracy, precision, recall, F1 and confusion table of examples whose answers are classes
     #[arg(long)]
@@ -272,7 +259,8 @@ impl Args {
         })
     }
 
-    fn request(&self) -> Result<Request> {
+    /// What is asked for.
+    pub(super) fn request(&self) -> Result<Request> {
         let (data, steps, evaluation) = (&self.data_options, &self.steps, &self.evaluation);
         Ok(Request {
             model: Store::open()?.resolve(&self.model)?,
@@ -308,211 +296,5 @@ impl Args {
             save_every: Duration::from_secs_f64(self.save_minutes * 60.0),
             threads: self.threads.map_or_else(physical_cores, NonZeroUsize::get),
         })
-    }
-}
-
-/// Runs the command.
-pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let request = args.request()?;
-    let mut prepared = request.prepare()?;
-    if let Some(count) = args.show_data {
-        return show_data(&prepared, count);
-    }
-    let data = prepared.data.report.to_string();
-    let say = |line: &str| {
-        if !global.quiet {
-            writeln!(std::io::stderr(), "{line}").ok();
-        }
-    };
-    data.lines().for_each(say);
-    let (Some(dir), false) = (&args.output, args.plan) else {
-        let plan = prepared.plan(None)?;
-        return tell_plan(&request, prepared, &plan, args.json);
-    };
-    let mut folder = Folder::open(dir)?;
-    let begun = !Checkpoints::open(&folder.path("checkpoints"))?.is_empty()?;
-    let plan = prepared.plan(Some(&folder).filter(|_| begun))?;
-    prepared.settle(&plan);
-    folder.agree(&prepared.arguments, begun, args.force)?;
-    plan.lines().iter().chain(&prepared.lines()).for_each(|line| say(line));
-    let stop = interrupt::flag(true);
-    let settings = prepared.settings.clone();
-    let report = Report {
-        title: format!("Training {}", args.model),
-        subtitle: format!("{} → {}", request.model.display(), dir.display()),
-        facts: prepared.arguments.iter().map(|(name, value)| (name.clone(), value.clone())).collect(),
-        data,
-        steps: settings.schedule.steps,
-    };
-    let (data, validation) = (prepared.data.clone(), prepared.validation.clone());
-    let (tokenizer, template) = (prepared.tokenizer.clone(), prepared.template.clone());
-    let learner = learner(&request, prepared, &plan)?;
-    let pupil = Pupil::new(learner, request.method.clone(), &request.model, args.method.gguf, stop.clone())?;
-    let mut pupil = pupil.speaking(tokenizer, template, request.threads);
-    let mut watch = Show {
-        bar: Bar::steps(global.quiet, "training", settings.schedule.steps, 0),
-        quiet: global.quiet,
-        steps: settings.schedule.steps,
-        offset: clock_offset(),
-        validation: None,
-        seen: Vec::new(),
-        first: true,
-    };
-    let validation = validation.as_ref().map(|v| v as _);
-    let end = train(&mut pupil, &data, validation, &settings, &folder, report, &stop, &mut watch)?;
-    watch.bar.finish();
-    tell_end(args, &end, &pupil, &folder)
-}
-
-/// The model with what is to be trained.
-fn learner(request: &Request, prepared: Prepared, plan: &Plan) -> Result<Learner> {
-    let isa = Isa::from_env().map_err(|e| anyhow!(e))?;
-    let mut learner = Learner::new(prepared.model, Cpu::new(request.threads, isa), &request.method, request.seed)?;
-    learner.set_checkpointing(plan.checkpointing());
-    learner.set_neftune(request.neftune);
-    Ok(learner)
-}
-
-fn show_data(prepared: &Prepared, count: usize) -> Result<()> {
-    let mut out = std::io::stdout();
-    let colour = out.is_terminal();
-    for item in 0..count.min(prepared.data.len()) {
-        let (file, line) = prepared.data.origin(item);
-        writeln!(out, "── {} {line}", file.display())?;
-        for example in prepared.data.examples(item) {
-            writeln!(out, "{}", show(&example, prepared.tokenizer.as_deref(), colour))?;
-        }
-    }
-    writeln!(out, "{}", prepared.data.report)?;
-    Ok(())
-}
-
-/// Prints the plan, with the time of a step measured on the first examples.
-fn tell_plan(request: &Request, mut prepared: Prepared, plan: &Plan, as_json: bool) -> Result<()> {
-    prepared.settle(plan);
-    let (lines, steps, tokens) = (prepared.lines(), prepared.settings.schedule.steps, prepared.data.tokens() as u64);
-    let per_epoch = prepared.per_epoch;
-    let items: Vec<usize> = (0..prepared.settings.batch.min(prepared.data.len())).collect();
-    let batch = prepared.data.batch(&items);
-    let group = crate::train::data::micro_batches(&batch, plan.rows).into_iter().next().unwrap_or(0..0);
-    let examples: Vec<Example> = batch[group].to_vec();
-    let rows: usize = examples.iter().map(|e| e.ids.len()).sum();
-    let mut learner = learner(request, prepared, plan)?;
-    let mut gradients = learner.params().gradients();
-    // The first pass touches memory for the first time.
-    learner.backward(&examples, 0, &mut gradients)?;
-    let started = Instant::now();
-    learner.backward(&examples, 0, &mut gradients)?;
-    let speed = rows as f64 / started.elapsed().as_secs_f64().max(1e-9);
-    let seconds = steps as f64 / per_epoch as f64 * tokens as f64 / speed;
-    if as_json {
-        return print_json(&json!({
-            "memory": plan, "total": plan.total(), "steps": steps, "steps_per_epoch": per_epoch,
-            "tokens_per_epoch": tokens, "tokens_per_second": speed, "seconds": seconds,
-        }));
-    }
-    let mut out = std::io::stdout();
-    for line in plan.lines().iter().chain(&lines) {
-        writeln!(out, "{line}")?;
-    }
-    let offset = clock_offset();
-    writeln!(out, "time     {speed:.0} tokens/s measured, done {}", ends(seconds, now(), offset))?;
-    Ok(())
-}
-
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs())
-}
-
-fn tell_end(args: &Args, end: &End, pupil: &Pupil, folder: &Folder) -> Result<()> {
-    let Progress { step, tokens, seconds, skipped, best, stopped, .. } = end.progress;
-    if !end.finished {
-        let place = folder.dir().display();
-        writeln!(std::io::stderr(), "stopped after step {step}; everything is in {place}, the same command goes on")
-            .ok();
-        return Err(Interrupted.into());
-    }
-    let result = pupil.result(folder.dir());
-    if args.json {
-        return print_json(&json!({
-            "output": result, "steps": step, "tokens": tokens, "seconds": seconds, "skipped": skipped, "loss": end.loss,
-            "best_val_loss": best.map(|b| b.0), "best_step": best.map(|b| b.1), "stopped_early": stopped,
-            "trained": pupil.params().count(),
-        }));
-    }
-    let mut out = std::io::stdout();
-    let speed = tokens as f64 / seconds.max(1e-9);
-    let loss = end.loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-    writeln!(out, "{step} steps in {} ({speed:.0} tokens/s){loss}", duration(seconds))?;
-    if skipped > 0 {
-        writeln!(out, "{skipped} steps were skipped: their numbers were none")?;
-    }
-    if let Some((loss, best)) = best {
-        let early = if stopped { ", stopped early" } else { "" };
-        writeln!(out, "best on the validation set after step {best}: loss {loss:.4}, which was kept{early}")?;
-    }
-    writeln!(out, "{}", result.display())?;
-    let way = match args.method.method {
-        Kind::Full => format!("rushlight chat {}", result.display()),
-        _ => format!("rushlight chat {} --adapter {}", args.model, result.display()),
-    };
-    Ok(writeln!(out, "talk with it: {way}")?)
-}
-
-/// Shows how a run goes.
-struct Show {
-    bar: Bar,
-    quiet: bool,
-    steps: u64,
-    offset: Option<i64>,
-    validation: Option<f64>,
-    /// Tokens and seconds of the last steps.
-    seen: Vec<(u64, f64)>,
-    first: bool,
-}
-
-impl Watch for Show {
-    fn step(&mut self, progress: &Progress, line: &StepLine) {
-        if self.first {
-            // Those of an earlier run are not this one's pace.
-            self.bar = Bar::steps(self.quiet, "training", self.steps, progress.step - 1);
-        }
-        self.seen.push((line.tokens, line.seconds));
-        if self.seen.len() > 20 {
-            self.seen.remove(0);
-        }
-        let (tokens, seconds) = self.seen.iter().fold((0, 0.0), |(t, s), (tokens, seconds)| (t + tokens, s + seconds));
-        let left = seconds / self.seen.len() as f64 * (self.steps - progress.step) as f64;
-        if std::mem::take(&mut self.first) && progress.step < self.steps {
-            self.note(&format!(
-                "time     the first step took {:.1} s ({:.0} tokens/s): done {}",
-                line.seconds,
-                line.tokens as f64 / line.seconds.max(1e-9),
-                ends(left, now(), self.offset)
-            ));
-        }
-        let validation = self.validation.map_or(String::new(), |loss| format!(", validation {loss:.3}"));
-        let detail = format!("loss {:.3}{validation}, {:.0} tokens/s", line.loss, tokens as f64 / seconds.max(1e-9));
-        self.bar.at(progress.step, &detail);
-    }
-
-    fn evaluated(&mut self, evaluation: &Evaluation) {
-        self.validation = evaluation.val_loss.or(self.validation);
-        let step = evaluation.step;
-        if let Some(loss) = evaluation.val_loss {
-            self.note(&format!("step {step}: validation loss {loss:.4}"));
-        }
-        if let Some(classes) = &evaluation.classification {
-            self.note(classes.to_string().trim_end());
-        }
-        for sample in &evaluation.samples {
-            self.note(&format!("step {step}: {}\n  {}", sample.prompt, sample.answer.trim().replace('\n', "\n  ")));
-        }
-    }
-
-    fn note(&mut self, text: &str) {
-        if !self.quiet {
-            self.bar.note(text);
-        }
     }
 }
