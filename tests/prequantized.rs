@@ -66,7 +66,8 @@ fn logits_are_the_references() {
         let dir = root.join(name);
         let (ids, want) = expected(&dir);
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-            let room = if isa == Isa::Amx { 3e-2 } else { 1e-2 };
+            // Where prompts may meet in bf16.
+            let room = if matches!(isa, Isa::Amx | Isa::Avx512) { 3e-2 } else { 1e-2 };
             let off = furthest(&logits(&dir, isa, &ids, &[]), &want);
             assert!(off < room, "{name} on {}: off by {off}", isa.name());
             let off = furthest(&logits(&dir, isa, &ids, &["--step"]), &want);

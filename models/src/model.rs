@@ -424,6 +424,20 @@ impl Model {
         layers.chain([&mut self.head])
     }
 
+    /// Every vector of parameters but the biases of linear layers: norms and sinks.
+    pub fn vectors_mut(&mut self) -> impl Iterator<Item = &mut Vector> {
+        fn both(norm: &mut NormWeights) -> impl Iterator<Item = &mut Vector> {
+            norm.weight.iter_mut().chain(&mut norm.bias)
+        }
+        let layers = self.layers.iter_mut().flat_map(|l| {
+            let latent = l.latent.iter_mut().flat_map(|l| l.query.iter_mut().map(|(_, n)| n).chain([&mut l.norm]));
+            let own = [&mut l.attention_norm, &mut l.q_norm, &mut l.k_norm, &mut l.attention_post_norm];
+            let rest = [&mut l.mlp_norm, &mut l.mlp_post_norm];
+            own.into_iter().chain(rest).flatten().chain(latent).flat_map(both).chain(&mut l.sinks)
+        });
+        self.embedding_norm.iter_mut().flat_map(both).chain(layers).chain(both(&mut self.final_norm))
+    }
+
     /// What the rows of the sequence `ids` need to know of the whole of it.
     pub fn outline(&self, ids: &[u32]) -> Outline {
         let before = self.prefix.as_ref().map_or(0, |p| if p.counted { 0 } else { p.len });

@@ -37,6 +37,48 @@ pub fn choose(spec: &Experts, scores: &[f32], bias: Option<&[f32]>) -> Vec<(usiz
     chosen.into_iter().zip(weights.into_iter().map(|w| w * spec.scale)).collect()
 }
 
+/// [`choose`] backward: adds to `dscores` what the gradients of the weights of the `chosen`, in their order, say of the
+/// router's `scores`. The choice itself has no gradient.
+///
+/// # Panics
+/// When there is not a gradient for each of the chosen, or one of them is not there.
+pub fn choose_backward(spec: &Experts, scores: &[f32], chosen: &[(usize, f32)], dweights: &[f32], dscores: &mut [f32]) {
+    assert_eq!(chosen.len(), dweights.len(), "a gradient for each of the chosen");
+    let probabilities: Vec<f32> = match spec.routing {
+        Routing::Softmax => softmax(scores),
+        Routing::Sigmoid => scores.iter().map(|&s| 1.0 / (1.0 + (-s).exp())).collect(),
+        Routing::SoftmaxOfChosen => {
+            let own = softmax(&chosen.iter().map(|&(i, _)| scores[i]).collect::<Vec<_>>());
+            let mut all = vec![0.0; scores.len()];
+            chosen.iter().zip(own).for_each(|(&(i, _), p)| all[i] = p);
+            all
+        }
+    };
+    let mut gradients: Vec<f32> = dweights.iter().map(|d| d * spec.scale).collect();
+    if spec.renormalise {
+        let sum = chosen.iter().map(|&(i, _)| probabilities[i]).sum::<f32>() + 1e-20;
+        let along: f32 = chosen.iter().zip(&gradients).map(|(&(i, _), d)| d * probabilities[i] / sum).sum();
+        gradients.iter_mut().for_each(|d| *d = (*d - along) / sum);
+    }
+    match spec.routing {
+        Routing::Sigmoid => {
+            for (&(i, _), d) in chosen.iter().zip(gradients) {
+                dscores[i] += d * probabilities[i] * (1.0 - probabilities[i]);
+            }
+        }
+        Routing::Softmax | Routing::SoftmaxOfChosen => {
+            let along: f32 = chosen.iter().zip(&gradients).map(|(&(i, _), d)| d * probabilities[i]).sum();
+            // Those that were not chosen have a part in a softmax over all; elsewhere their probability is zero.
+            for (dscore, p) in dscores.iter_mut().zip(&probabilities) {
+                *dscore -= p * along;
+            }
+            for (&(i, _), d) in chosen.iter().zip(gradients) {
+                dscores[i] += d * probabilities[i];
+            }
+        }
+    }
+}
+
 /// Where the `n` greatest of `values` are, greatest first.
 fn greatest(values: &[f32], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..values.len()).collect();
@@ -78,6 +120,37 @@ mod tests {
         let chosen = choose(&experts(3, 2, Routing::SoftmaxOfChosen), &[0.0, 1.0, 0.0], None);
         assert_eq!((chosen[0].0, chosen[1].0), (0, 1), "of equals the first");
         assert!((chosen[1].1 - e(1.0) / (e(1.0) + 1.0)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_weights() {
+        let scores = [0.3f32, -0.8, 1.1, 0.6, -0.2];
+        let wanted = [0.7f32, -1.3];
+        for routing in [Routing::Softmax, Routing::Sigmoid, Routing::SoftmaxOfChosen] {
+            for renormalise in [false, true] {
+                let spec = Experts { renormalise, scale: 2.5, ..experts(5, 2, routing) };
+                let loss = |scores: &[f32]| -> f64 {
+                    let chosen = choose(&spec, scores, None);
+                    assert_eq!(chosen.iter().map(|c| c.0).collect::<Vec<_>>(), [2, 3]);
+                    chosen.iter().zip(wanted).map(|(c, w)| f64::from(c.1) * f64::from(w)).sum()
+                };
+                let mut got = [0.0; 5];
+                choose_backward(&spec, &scores, &choose(&spec, &scores, None), &wanted, &mut got);
+                for i in 0..5 {
+                    let moved = |by: f32| {
+                        let mut scores = scores;
+                        scores[i] += by;
+                        loss(&scores)
+                    };
+                    let want = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+                    assert!(
+                        (f64::from(got[i]) - want).abs() < 1e-3,
+                        "{routing:?} {renormalise} {i}: {} {want}",
+                        got[i]
+                    );
+                }
+            }
+        }
     }
 
     #[test]

@@ -10,11 +10,14 @@
 //! | rows | instruction set | activations | weights |
 //! | --- | --- | --- | --- |
 //! | few | all | 8 bits, a scale over each 32 columns ([`QuantizedRow`]) | exact |
-//! | many | AMX | bf16 | rounded to bf16 |
+//! | many | AMX; AVX-512 with a fast bf16 ([`Cpu::prompts_in_bf16`]) | bf16 | rounded to bf16 |
 //! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
 //!
 //! [`PromptRounding::EightBits`] has many rows rounded as ggml rounds them.
 //! Sums of integer products are exact within a scale group, and f32 across groups.
+
+mod backward;
+mod floats;
 
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
@@ -257,6 +260,11 @@ impl Cpu {
 
     fn fine(&self) -> bool {
         self.prompt_rounding == PromptRounding::Fine
+    }
+
+    /// Whether activations and weights of block formats meet as bf16 in prompts.
+    pub fn prompts_in_bf16(&self) -> bool {
+        self.half().is_some()
     }
 
     /// The kernels for bf16, where they are to be used.

@@ -18,6 +18,7 @@ mod pull;
 mod quantize;
 mod run;
 mod tokenize;
+mod train;
 
 pub use options::{DraftOptions, Global, ModelOptions, SamplingOptions};
 pub use progress::Progress;
@@ -57,6 +58,7 @@ enum Command {
     Perplexity(perplexity::Args),
     Eval(eval::Args),
     Imatrix(imatrix::Args),
+    Train(Box<train::Args>),
     Tokenize(tokenize::TokenizeArgs),
     Logits(logits::Args),
     Bench(bench::Args),
@@ -112,6 +114,7 @@ pub fn main() -> ExitCode {
         Command::Perplexity(args) => perplexity::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Imatrix(args) => imatrix::run(args, global),
+        Command::Train(args) => train::run(args, global),
         Command::Tokenize(args) => with_path(args).and_then(|args| tokenize::run(&args)),
         Command::Logits(args) => logits::run(args, global),
         Command::Bench(args) => bench::run(args, global),

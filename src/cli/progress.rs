@@ -41,6 +41,11 @@ impl Progress {
         Progress::new(quiet, what, total, 0, false, "{msg} {bar:24} {pos}/{len} {per_sec} {eta}")
     }
 
+    /// Steps of a run that began this time after `from` of `total`; what is told of each stands behind the bar.
+    pub fn steps(quiet: bool, what: &str, total: u64, from: u64) -> Progress {
+        Progress::new(quiet, what, total, from, false, "{bar:24} {pos}/{len} {eta} {msg}")
+    }
+
     /// Parts of a whole that began at `from` of `total`.
     pub fn share(quiet: bool, what: &str, total: u64, from: u64) -> Progress {
         Progress::new(quiet, what, total, from, false, "{msg} {bar:24} {percent} % {eta}")

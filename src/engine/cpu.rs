@@ -1,5 +1,6 @@
 //! The CPU as the decoder's backend: every operation at once, in buffers that are used again.
 
+use super::angles::{Angles, logn};
 use super::kv::KvCache;
 use rushlight_models::backend::{AttentionSpec, Backend, Batch, Sequence};
 use rushlight_models::model::{ExpertWeights, Linear, Model, NormWeights, Table};
@@ -7,7 +8,7 @@ use rushlight_models::routing;
 use rushlight_models::spec::{Experts, Norm, NormKind, Outline};
 use rushlight_models::{Error, Result};
 use rushlight_quant::buffer::Aligned;
-use rushlight_quant::ops::{Activation, Attention, AttentionSequence, RopeLayout};
+use rushlight_quant::ops::{Activation, Attention, AttentionSequence};
 use rushlight_quant::{Cpu, Phase};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -74,16 +75,6 @@ impl Drop for Activations {
     fn drop(&mut self) {
         self.pool.put_back(std::mem::take(&mut self.buffer));
     }
-}
-
-/// Cosines and sines for the rows of a batch, `[rows, dim / 2]` each.
-#[derive(Default)]
-struct Angles {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    first: usize,
-    dim: usize,
-    layout: Option<RopeLayout>,
 }
 
 /// The CPU with the KV cache of its sequences.
@@ -197,20 +188,7 @@ impl Backend for CpuBackend {
         self.phase = batch.phase;
         self.sequences.clear();
         self.sequences.extend_from_slice(batch.sequences);
-        self.angles.resize_with(model.rotaries.len(), Angles::default);
-        for (angles, rotary) in self.angles.iter_mut().zip(&model.rotaries) {
-            let half = rotary.dim() / 2;
-            (angles.first, angles.dim, angles.layout) = (rotary.first, rotary.dim(), Some(rotary.layout));
-            angles.cos.resize(batch.ids.len() * half, 0.0);
-            angles.sin.resize(batch.ids.len() * half, 0.0);
-            let mut rows = angles.cos.chunks_exact_mut(half).zip(angles.sin.chunks_exact_mut(half));
-            for s in batch.sequences {
-                let turning = rotary.at(&s.outline);
-                for (position, (cos, sin)) in s.positions().zip(&mut rows) {
-                    turning.angles(position, cos, sin);
-                }
-            }
-        }
+        Angles::update(&mut self.angles, model, batch);
         Ok(())
     }
 
@@ -286,12 +264,8 @@ impl Backend for CpuBackend {
         }
         if let Some(n) = spec.logn {
             let width = q.width;
-            let positions = self.sequences.iter().flat_map(Sequence::positions);
-            for (row, position) in q.chunks_exact_mut(width).zip(positions) {
-                if position + 1 > n {
-                    let by = ((position + 1) as f64).ln() / (n as f64).ln();
-                    row.iter_mut().for_each(|x| *x *= by as f32);
-                }
+            for (row, by) in logn(&self.sequences, n) {
+                q[row * width..][..width].iter_mut().for_each(|x| *x *= by);
             }
         }
         let mut out = self.new_tensor(q.rows(), spec.heads * spec.value_dim);

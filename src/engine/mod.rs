@@ -1,5 +1,6 @@
 //! Running a model: the CPU backend, sampling, constraints, conversations.
 
+pub mod angles;
 pub mod answer;
 pub mod constraint;
 pub mod cpu;

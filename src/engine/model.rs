@@ -80,9 +80,11 @@ impl Engine {
         Engine::from_model(checkpoint, model, options)
     }
 
-    /// Makes a model that was read from `checkpoint` ready.
+    /// Makes a model that was read from `checkpoint` ready. What is attached to it stays, unless `options` name adapters.
     pub fn from_model(checkpoint: Checkpoint, mut model: Model, options: &Options) -> Result<Engine> {
-        adapter::attach(&mut model, &options.adapters)?;
+        if !options.adapters.is_empty() {
+            adapter::attach(&mut model, &options.adapters)?;
+        }
         let spec = &model.spec;
         let context = options.context.unwrap_or(spec.context_length.min(DEFAULT_CONTEXT));
         if context == 0 {

@@ -12,6 +12,7 @@ mod dir;
 mod export;
 mod gguf;
 mod json;
+mod places;
 mod pre;
 mod sentencepiece;
 mod stream;

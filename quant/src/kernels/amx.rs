@@ -8,8 +8,8 @@
 //! one block of assembly loads, multiplies and stores, and leaves nothing in them. Only the configuration lasts from
 //! block to block, within one call.
 
-use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, PackHalf, ROW_BLOCK, avx512};
-use crate::formats::{BlockFormat, Format, Visitor};
+use super::bf16::{self, ROWS, STEP};
+use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -55,13 +55,8 @@ fn ask_permission() -> bool {
 }
 
 pub(super) fn kernels() -> Kernels {
-    Kernels { isa: Isa::Amx, half: Some(HalfKernels { round, pack, mul }), peak: Some(peak), ..avx512::kernels() }
+    Kernels { isa: Isa::Amx, half: Some(HalfKernels { mul, ..bf16::KERNELS }), peak: Some(peak), ..avx512::kernels() }
 }
-
-/// Rows of a tile.
-const ROWS: usize = 16;
-/// Columns that one multiplication of tiles takes.
-const STEP: usize = 32;
 
 /// The shapes of the eight tiles, as LDTILECFG reads them: all are 16 rows of 64 bytes.
 #[repr(C, align(64))]
@@ -79,74 +74,6 @@ impl Config {
         config.row_bytes[..8].fill(64);
         config.rows[..8].fill(ROWS as u8);
         config
-    }
-}
-
-fn round(x: &[f32], cols: usize, out: &mut [u16]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn inner(x: &[f32], cols: usize, out: &mut [u16]) {
-        for (r, row) in x.chunks_exact(cols).enumerate() {
-            for (k, x) in row.as_chunks::<STEP>().0.iter().enumerate() {
-                let out = &mut out[(k * ROWS + r) * STEP..][..STEP];
-                // SAFETY: 32 numbers each.
-                unsafe {
-                    let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
-                    let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                    _mm512_storeu_si512(out.as_mut_ptr().cast(), both)
-                }
-            }
-        }
-    }
-    assert!(cols.is_multiple_of(STEP) && x.len() <= ROWS * cols && out.len() == ROWS * cols);
-    // SAFETY: this table is handed out only where `available`.
-    unsafe { inner(x, cols, out) }
-}
-
-fn pack(format: Format) -> PackHalf {
-    struct Pick;
-    impl Visitor for Pick {
-        type Out = PackHalf;
-        fn visit<F: BlockFormat>(self) -> PackHalf {
-            pack_entry::<F>
-        }
-    }
-    format.visit(Pick).expect("a block format")
-}
-
-fn pack_entry<F: BlockFormat>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
-    // SAFETY: this table is handed out only where `available`.
-    unsafe { pack_of::<F>(data, rows, cols, out) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn pack_of<F: BlockFormat>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
-    let (len, bytes) = (F::FORMAT.block_len(), F::FORMAT.block_bytes());
-    let row_bytes = cols / len * bytes;
-    assert!(rows <= PANEL && data.len() >= rows * row_bytes && out.len() >= cols * PANEL);
-    if rows < PANEL {
-        out.fill(0);
-    }
-    // Pairs of columns of one weight row are 64 bytes apart: 16 rows share a line.
-    let places = _mm512_mullo_epi32(
-        _mm512_set1_epi32(PANEL as i32),
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-    );
-    for r in 0..rows {
-        let row = &data[r * row_bytes..(r + 1) * row_bytes];
-        for (b, block) in row.chunks_exact(bytes).enumerate() {
-            for i in 0..len / STEP {
-                let mut weights = [0f32; STEP];
-                F::group(block, i).decode(&mut weights);
-                let at = (b * (len / STEP) + i) * STEP * PANEL + 2 * r;
-                // SAFETY: 32 numbers; the last pair of this group and row is written at `at + 15 * 32 + 1`, which is
-                // inside the group's `32 * 16` numbers (asserted above for all groups).
-                unsafe {
-                    let (low, high) = (_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16)));
-                    let pairs: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                    _mm512_i32scatter_epi32::<4>(out.as_mut_ptr().add(at).cast(), places, pairs);
-                }
-            }
-        }
     }
 }
 

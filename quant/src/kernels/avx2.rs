@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: 256-bit registers, bytes multiplied in pairs.
 
 use super::codes256::{self, Codes, Dot, add_across, by_codes};
+use super::columns::compiled_columns;
 use super::lanes::{compiled, compiled_lanes};
 use super::scalar::{self, pack_codes_of};
 use super::{
@@ -24,6 +25,7 @@ pub(super) fn kernels() -> Kernels {
         dot_floats,
         pack_codes,
         pack_floats,
+        columns: compiled_columns!("avx2,fma,f16c"),
         mul_panels,
         gemm,
         f16_to_f32,
@@ -344,12 +346,14 @@ fn gemm(s: GemmShape, a: &[f32], b: &[f32], c: &mut [f32]) {
         let width = PANEL.min(s.n - p * PANEL);
         let mut r = 0;
         while r < s.m {
-            let n = if s.m - r >= 6 { 6 } else { 1 };
+            let n = [6, 4, 2].into_iter().find(|n| s.m - r >= *n).unwrap_or(1);
             let (a, c) = (&a[r * s.lda..], &mut c[r * s.ldc + p * PANEL..]);
             // SAFETY: this table is handed out only where `available`; sizes are asserted above.
             unsafe {
                 match n {
                     6 => gemm_some::<6>(s, width, a, b, c),
+                    4 => gemm_some::<4>(s, width, a, b, c),
+                    2 => gemm_some::<2>(s, width, a, b, c),
                     _ => gemm_some::<1>(s, width, a, b, c),
                 }
             }

@@ -1,7 +1,9 @@
 //! AVX-512 with VNNI: 512-bit registers, four unsigned by signed byte products added to 32 bits in one step.
 
 use super::avx2::pack_table;
+use super::bf16;
 use super::codes256::{self, Codes, Dot, by_codes};
+use super::columns::compiled_columns;
 use super::lanes::compiled_lanes;
 use super::scalar::pack_codes_of;
 use super::{
@@ -30,11 +32,12 @@ pub(super) fn kernels() -> Kernels {
         dot_floats,
         pack_codes,
         pack_floats,
+        columns: compiled_columns!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
         mul_panels,
         gemm,
         f16_to_f32,
         f32_to_f16,
-        half: None,
+        half: bf16::pays().then_some(bf16::KERNELS),
         peak: Some(peak),
         lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
     }
@@ -402,19 +405,25 @@ pub(super) fn gemm(s: GemmShape, a: &[f32], b: &[f32], c: &mut [f32]) {
         let two = panels - p >= 2;
         let mut r = 0;
         while r < s.m {
-            let many = s.m - r >= 12;
+            let rows = [12, 8, 4, 2].into_iter().find(|rows| s.m - r >= *rows).unwrap_or(1);
             let (a, b, c) = (&a[r * s.lda..], &b[p * s.ldb..], &mut c[r * s.ldc + p * PANEL..]);
             let width = s.n - p * PANEL;
             // SAFETY: this table is handed out only where `available`; sizes are asserted above.
             unsafe {
-                match (two, many) {
-                    (true, true) => gemm_some::<12, 2>(s, width, a, b, c),
-                    (true, false) => gemm_some::<1, 2>(s, width, a, b, c),
-                    (false, true) => gemm_some::<12, 1>(s, width, a, b, c),
-                    (false, false) => gemm_some::<1, 1>(s, width, a, b, c),
+                match (two, rows) {
+                    (true, 12) => gemm_some::<12, 2>(s, width, a, b, c),
+                    (true, 8) => gemm_some::<8, 2>(s, width, a, b, c),
+                    (true, 4) => gemm_some::<4, 2>(s, width, a, b, c),
+                    (true, 2) => gemm_some::<2, 2>(s, width, a, b, c),
+                    (true, _) => gemm_some::<1, 2>(s, width, a, b, c),
+                    (false, 12) => gemm_some::<12, 1>(s, width, a, b, c),
+                    (false, 8) => gemm_some::<8, 1>(s, width, a, b, c),
+                    (false, 4) => gemm_some::<4, 1>(s, width, a, b, c),
+                    (false, 2) => gemm_some::<2, 1>(s, width, a, b, c),
+                    (false, _) => gemm_some::<1, 1>(s, width, a, b, c),
                 }
             }
-            r += if many { 12 } else { 1 };
+            r += rows;
         }
         p += if two { 2 } else { 1 };
     }

@@ -1,12 +1,20 @@
 //! Element-wise operations and short reductions, written once in plain Rust with explicit lanes and compiled for each
 //! instruction set. Sums run over 16 lanes in a fixed order, so every instruction set gives the same bits.
 
+mod backward;
+
 use crate::ops::Activation;
+pub use backward::{activate_backward, gate_backward, soft_cap_backward, softmax_backward};
 
 const LANES: usize = 16;
 
 /// See [`Lanes::rotate`].
 pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
+
+/// See [`Lanes::across`].
+pub type Across = fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32]);
+/// See [`Lanes::softmax_backward`].
+pub type SoftmaxBackward = fn(lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32]);
 
 /// The compiled functions; see each one's plain version below.
 #[derive(Clone, Copy)]
@@ -39,6 +47,16 @@ pub struct Lanes {
     pub mix: fn(&[f32], &[f32], &mut [f32]),
     /// `out = scale * code`, a scale for each 32 codes
     pub widen: fn(&[i8], &[f32], &mut [f32]),
+    /// up to 16 rows of `len` numbers, `stride` apart, as a panel `[len][16]`, where absent rows become zeros
+    pub across: Across,
+    /// `dy *= act'(x)`
+    pub activate_backward: fn(Activation, &[f32], &mut [f32]),
+    /// the inputs of [`Lanes::gate`] become their gradients, given that of its output
+    pub gate_backward: fn(Activation, &mut [f32], &mut [f32], &[f32]),
+    /// `dy *= 1 - (y / cap)^2`
+    pub soft_cap_backward: fn(f32, &[f32], &mut [f32]),
+    /// `s` becomes the probabilities `e^(s - lse)`, and their gradients `dp` those of `s`: `p * (dp - delta)`
+    pub softmax_backward: SoftmaxBackward,
 }
 
 /// e^x within 2 units in the last place; 0 far below, infinite far above, NaN for NaN. No branches and no conversions
@@ -318,6 +336,22 @@ pub fn widen(codes: &[i8], scales: &[f32], out: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+pub fn across(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32]) {
+    let (out, _) = out[..len * LANES].as_chunks_mut::<LANES>();
+    for (c, out) in out.chunks_mut(LANES).enumerate() {
+        let mut tile = [[0f32; LANES]; LANES];
+        for (r, row) in tile.iter_mut().enumerate().take(used) {
+            row[..out.len()].copy_from_slice(&rows[r * stride + c * LANES..][..out.len()]);
+        }
+        for (j, out) in out.iter_mut().enumerate() {
+            for r in 0..LANES {
+                out[r] = tile[r][j];
+            }
+        }
+    }
+}
+
 /// One of the functions above (or another that is always inlined), compiled with the target features `$features`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! compiled {
@@ -359,6 +393,11 @@ macro_rules! compiled_lanes {
             scores: compiled!($features, lanes::scores, (q: &[f32], keys: &[f32], out: &mut [f32])),
             mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
             widen: compiled!($features, lanes::widen, (codes: &[i8], scales: &[f32], out: &mut [f32])),
+            across: compiled!($features, lanes::across, (rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32])),
+            activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
+            gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
+            soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
+            softmax_backward: compiled!($features, lanes::softmax_backward, (lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32])),
         }
     }};
 }
@@ -383,4 +422,9 @@ pub const PLAIN: Lanes = Lanes {
     scores,
     mix,
     widen,
+    across,
+    activate_backward,
+    gate_backward,
+    soft_cap_backward,
+    softmax_backward,
 };

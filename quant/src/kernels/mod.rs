@@ -10,7 +10,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod bf16;
+#[cfg(target_arch = "x86_64")]
 mod codes256;
+mod columns;
 pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -19,6 +22,7 @@ pub mod scalar;
 mod tests;
 
 use crate::formats::Format;
+pub use columns::PackColumns;
 
 /// An instruction set that has kernels here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,6 +271,8 @@ pub struct Kernels {
     pub pack_codes: fn(Format) -> PackCodes,
     /// For the formats that are multiplied as floats.
     pub pack_floats: fn(Format) -> PackFloats,
+    /// For all formats.
+    pub columns: fn(Format) -> PackColumns,
     /// Many rows of 8-bit activations.
     pub mul_panels: MulPanels,
     /// Many rows of f32.

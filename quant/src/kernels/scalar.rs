@@ -2,7 +2,7 @@
 
 use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
-    QuantizedRowMut, QuantizedRows, lanes,
+    QuantizedRowMut, QuantizedRows, columns, lanes,
 };
 use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use half::{bf16, f16};
@@ -18,6 +18,7 @@ pub(crate) fn kernels() -> Kernels {
         dot_floats,
         pack_codes,
         pack_floats,
+        columns: columns::plain,
         mul_panels,
         gemm,
         f16_to_f32,

@@ -1,6 +1,8 @@
 //! Attention in tiles with the online softmax (Milakov and Gimelshein 2018, Dao et al. 2022): nothing of size
 //! context x context is ever stored.
 
+mod train;
+
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::kernels::{GemmShape, Kernels, PANEL};
@@ -8,6 +10,8 @@ use crate::matmul::Phase;
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 use std::ops::Range;
+
+pub use train::{AttentionGradients, AttentionRows};
 
 /// Keys of one tile. Tiles begin at multiples of this from the start of the cache, wherever the queries begin, so that
 /// a row's sums do not depend on how a prompt was cut.

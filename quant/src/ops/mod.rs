@@ -1,9 +1,11 @@
-//! The rest of a model's arithmetic: norms, rotary positions, gates, attention.
+//! The rest of a model's arithmetic: norms, rotary positions, gates, attention, loss; and their gradients.
 
 mod attention;
+mod backward;
+mod loss;
 mod rows;
 
-pub use attention::{Attention, AttentionSequence, Kv};
+pub use attention::{Attention, AttentionGradients, AttentionRows, AttentionSequence, Kv};
 
 /// The function between the two matrices of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

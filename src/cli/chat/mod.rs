@@ -54,6 +54,8 @@ struct Talk {
     adapters: Vec<(PathBuf, f32)>,
     last: Option<Reply>,
     interrupt: Arc<AtomicBool>,
+    /// An answer is being made.
+    busy: Arc<AtomicBool>,
     /// Standard output is a terminal.
     terminal: bool,
     /// A person types.
@@ -80,6 +82,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         session.speculate(speculator);
     }
     session.messages().extend(args.system.iter().map(|s| Message::new("system", s.clone())));
+    let busy = Arc::new(AtomicBool::new(false));
     let mut talk = Talk {
         name: args.model.model.clone(),
         engine: loaded.engine,
@@ -87,7 +90,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         ask,
         adapters: args.model.adapters.clone(),
         last: None,
-        interrupt: interrupt::flag(!typed),
+        interrupt: if typed { interrupt::flag_while(busy.clone()) } else { interrupt::flag(true) },
+        busy,
         terminal,
         typed,
         quiet: global.quiet,
@@ -128,7 +132,12 @@ impl Talk {
             let done = match next {
                 Ok(Next::Read) => Ok(()),
                 Ok(Next::Leave) => return Ok(()),
-                Ok(Next::Answer) => self.answer(),
+                Ok(Next::Answer) => {
+                    self.busy.store(true, Ordering::SeqCst);
+                    let done = self.answer();
+                    self.busy.store(false, Ordering::SeqCst);
+                    done
+                }
                 Err(e) => Err(e),
             };
             match done {

@@ -1,10 +1,13 @@
-//! Hugging Face directories written from others: of quantized weights from one of floats, and of other floats.
+//! Hugging Face directories written from others: of quantized weights from one of floats, of other floats, and of models
+//! whose weights were changed.
 
 mod directory;
 mod floats;
 mod gptq;
 mod nf4;
+mod trained;
 
 pub use floats::FloatWriter;
 pub use gptq::{GptqGrid, GptqLayer, GptqVersion, GptqWriter};
 pub use nf4::{Nf4Options, write_nf4};
+pub use trained::write_trained;

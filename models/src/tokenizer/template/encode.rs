@@ -1,9 +1,8 @@
 use super::{ChatTemplate, RenderOptions};
+use crate::Result;
 use crate::tokenizer::added::Matcher;
 use crate::tokenizer::{Specials, Tokenizer};
-use crate::{Error, Result};
 use serde_json::Value;
-use std::ops::Range;
 
 /// Characters that stand inside a broken mark while the template runs: private use, so rarely in anyone's text.
 const SPLINTERS: [char; 4] = ['\u{E5A1}', '\u{F3C7}', '\u{10F29B}', '\u{10DE5D}'];
@@ -18,41 +17,7 @@ impl ChatTemplate {
     pub fn encode_chat(&self, tokenizer: &Tokenizer, messages: &[Value], options: &RenderOptions) -> Result<Vec<u32>> {
         let options = self.with_marks(tokenizer, options);
         let (text, blocked) = self.render_safely(tokenizer.marks(), messages, &options)?;
-        let mut ids = tokenizer.encode_except(&text, Specials::Parse, &blocked)?;
-        if let Some(bos) = tokenizer.bos()
-            && tokenizer.add_bos()
-            && ids.first() != Some(&bos)
-        {
-            ids.insert(0, bos);
-        }
-        Ok(ids)
-    }
-
-    /// The tokens of a whole conversation, and which of them the assistant wrote: what training learns from. A range
-    /// runs from where the model would have begun its answer to the end of that turn.
-    ///
-    /// # Errors
-    /// When the template rewrites earlier turns as the conversation goes on, so that no place can be told.
-    pub fn encode_turns(
-        &self,
-        tokenizer: &Tokenizer,
-        messages: &[Value],
-        options: &RenderOptions,
-    ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let part = |messages: &[Value], add_generation_prompt| {
-            self.encode_chat(tokenizer, messages, &RenderOptions { add_generation_prompt, ..options.clone() })
-        };
-        let whole = part(messages, false)?;
-        let mut turns = Vec::new();
-        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m["role"] == "assistant") {
-            let (before, after) = (part(&messages[..i], true)?, part(&messages[..=i], false)?);
-            if !whole.starts_with(&after) || !after.starts_with(&before) {
-                let what = format!("the chat template rewrites earlier turns; message {} cannot be found again", i + 1);
-                return Err(Error::model(format!("{}: {what}; train on shorter conversations", self.name())));
-            }
-            turns.push(before.len()..after.len());
-        }
-        Ok((whole, turns))
+        encode_rendered(tokenizer, &text, &blocked)
     }
 
     /// `options` with the spellings of the beginning and end marks from `tokenizer`, where they are not given.
@@ -65,15 +30,14 @@ impl ChatTemplate {
     }
 
     /// The rendered text, and the places (byte offsets) that no mark may reach across.
-    fn render_safely(
+    pub(super) fn render_safely(
         &self,
         marks: &Matcher,
         messages: &[Value],
         options: &RenderOptions,
     ) -> Result<(String, Vec<usize>)> {
         let plain = self.render(messages, options)?;
-        let taken = |c: &char| plain.contains(*c) || messages.iter().any(|m| contains(m, *c));
-        let splinter = SPLINTERS.into_iter().find(|c| !taken(c)).unwrap_or(SPLINTERS[0]);
+        let splinter = unused(&plain, messages, None).unwrap_or(SPLINTERS[0]);
         let mut broken = Breaker { marks, splinter, broke: false };
         let mut tools = options.clone();
         tools.tools = options.tools.as_ref().map(|t| broken.value(t));
@@ -95,6 +59,24 @@ impl ChatTemplate {
         let (second, places) = split_out(&self.render(&trusting, &tools)?, splinter);
         if second == plain { Ok((second, places)) } else { Ok((text, blocked)) }
     }
+}
+
+/// The tokens of the rendered `text`, after the mark before a text where the model expects one.
+pub(super) fn encode_rendered(tokenizer: &Tokenizer, text: &str, blocked: &[usize]) -> Result<Vec<u32>> {
+    let mut ids = tokenizer.encode_except(text, Specials::Parse, blocked)?;
+    if let Some(bos) = tokenizer.bos()
+        && tokenizer.add_bos()
+        && ids.first() != Some(&bos)
+    {
+        ids.insert(0, bos);
+    }
+    Ok(ids)
+}
+
+/// A private character that `text` and `messages` lack, if there is one.
+pub(super) fn unused(text: &str, messages: &[Value], but: Option<char>) -> Option<char> {
+    let taken = |c: char| Some(c) == but || text.contains(c) || messages.iter().any(|m| contains(m, c));
+    SPLINTERS.into_iter().find(|&c| !taken(c))
 }
 
 /// `text` without the splinters, and where they were.

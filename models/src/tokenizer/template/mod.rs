@@ -5,6 +5,7 @@ mod builtin;
 mod encode;
 mod environment;
 mod python;
+mod turns;
 
 pub use environment::RenderOptions;
 
@@ -120,6 +121,12 @@ impl ChatTemplate {
     /// What messages call it: a file, or the name of a built-in one.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the template for conversations with (or without) tools speaks of `word`: `tool_calls`, say.
+    pub fn mentions(&self, word: &str, with_tools: bool) -> bool {
+        let name = if self.for_tools && with_tools { "tool_use" } else { "default" };
+        self.environment.get_template(name).is_ok_and(|t| t.source().contains(word))
     }
 
     fn compile(name: &str, source: &str, for_tools: Option<&str>) -> Result<ChatTemplate> {

@@ -99,25 +99,6 @@ fn templates_that_cut_messages_stay_safe() {
 }
 
 #[test]
-fn the_assistants_turns_are_found() {
-    let t = byte_level();
-    let messages = [
-        json!({"role": "user", "content": "hell"}),
-        json!({"role": "assistant", "content": "one"}),
-        json!({"role": "user", "content": "more"}),
-        json!({"role": "assistant", "content": "two"}),
-    ];
-    let options = RenderOptions::default();
-    let template = ChatTemplate::builtin("chatml").unwrap();
-    let (ids, turns) = template.encode_turns(&t, &messages, &options).unwrap();
-    let texts: Vec<_> = turns.iter().map(|r| t.decode(&ids[r.clone()], false)).collect();
-    assert_eq!(texts, ["one<|im_end|>\n", "two<|im_end|>\n"]);
-    let last = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}";
-    let rewriting = ChatTemplate::from_source(last, "rewriting").unwrap();
-    assert!(rewriting.encode_turns(&t, &messages, &options).unwrap_err().to_string().contains("rewrites"));
-}
-
-#[test]
 fn builtin_templates_render_and_are_guessed() {
     let messages = [
         json!({"role": "system", "content": "S"}),

@@ -8,7 +8,7 @@ mod instructions;
 mod many;
 mod pack;
 
-use super::{DotCodes, Isa, Kernels, MulPanels, lanes, scalar};
+use super::{DotCodes, Isa, Kernels, MulPanels, columns, lanes, scalar};
 use crate::formats::Format;
 use instructions::{load_f32, load_u16, narrow_f16, store_f32, store_u16, widen_f16};
 use std::arch::is_aarch64_feature_detected;
@@ -55,6 +55,7 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         dot_floats: few::dot_floats,
         pack_codes: pack::pack_codes,
         pack_floats: pack::pack_floats,
+        columns: columns::plain,
         mul_panels,
         gemm: many::gemm,
         f16_to_f32,

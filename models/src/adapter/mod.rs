@@ -1,4 +1,7 @@
-//! Adapters: PEFT directories and llama.cpp's GGUF adapters, read and attached to the linear layers they change.
+//! Adapters: PEFT directories and llama.cpp's GGUF adapters, read and attached to the linear layers they change, and
+//! written.
+
+pub mod write;
 
 use crate::checkpoint::{Checkpoint, Tensor, huggingface, pytorch, safetensors};
 use crate::families::{self, Config, Naming, Role};

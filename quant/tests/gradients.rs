@@ -1,0 +1,540 @@
+//! Gradients on every instruction set that this machine has, against arithmetic in f64 and finite differences of it.
+
+mod random;
+
+use random::{Random, decode};
+use rushlight_quant::formats::Format;
+use rushlight_quant::ops::{Activation, Attention, AttentionGradients, AttentionRows, RopeLayout};
+use rushlight_quant::{Cpu, Isa, Matrix};
+
+fn all() -> Vec<Cpu> {
+    Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| Cpu::new(2, isa)).collect()
+}
+
+fn bf16(x: f32) -> f64 {
+    half::bf16::from_f32(x).to_f64()
+}
+
+/// `out[i, j] += sum_k a(i, k) b(k, j)` and the sums of magnitudes, by which errors are measured.
+fn product(
+    sizes: [usize; 3],
+    a: impl Fn(usize, usize) -> f64,
+    b: impl Fn(usize, usize) -> f64,
+) -> (Vec<f64>, Vec<f64>) {
+    let [m, n, k] = sizes;
+    let (mut sums, mut sizes) = (vec![0.0; m * n], vec![0.0; m * n]);
+    for i in 0..m {
+        for l in 0..k {
+            let a = a(i, l);
+            for j in 0..n {
+                let term = a * b(l, j);
+                sums[i * n + j] += term;
+                sizes[i * n + j] += term.abs();
+            }
+        }
+    }
+    (sums, sizes)
+}
+
+fn near(got: &[f32], want: &[f64], size: &[f64], room: f64, what: &str) {
+    for (i, ((got, want), size)) in got.iter().zip(want).zip(size).enumerate() {
+        assert!((f64::from(*got) - want).abs() <= room * size + 1e-6, "{what}: {i} is {got}, not {want} (of {size})");
+    }
+}
+
+fn check_backward(format: Format, n: usize, rows: usize, cols: usize, seed: u64) {
+    let mut random = Random(seed);
+    let data = random.weights(format, rows, cols);
+    let (dy, before) = (random.normals(n * rows), random.normals(n * cols));
+    let w = decode(format, rows, cols, &data);
+    let matrix = Matrix::new(format, rows, cols, &data).unwrap();
+    let of = |dy: &[f64], w: &[f64]| product([n, cols, rows], |r, o| dy[r * rows + o], |o, c| w[o * cols + c]);
+    let exact = of(&wide(&dy), &wide(&w));
+    let halves = |x: &[f32]| x.iter().map(|x| bf16(*x)).collect::<Vec<_>>();
+    let rounded = of(&halves(&dy), &halves(&w));
+    for cpu in all() {
+        let mut dx = before.clone();
+        cpu.matmul_backward(&[&dy], n, &[matrix], &mut dx);
+        let (want, size) = if cpu.rounds_gradients(format) { &rounded } else { &exact };
+        let got: Vec<f32> = dx.iter().zip(&before).map(|(after, before)| after - before).collect();
+        near(&got, want, size, 2e-6, &format!("{format} {} [{n}x{rows}] . [{rows}x{cols}]", cpu.isa().name()));
+    }
+}
+
+#[test]
+fn every_format_goes_back() {
+    for format in Format::ALL {
+        let cols = if format.block_len() == 256 { 512 } else { 576 };
+        check_backward(format, 37, 50, cols, 1);
+        check_backward(format, 100, 600, format.block_len() * 3, 2);
+        check_backward(format, 1, 1, format.block_len(), 3);
+    }
+    check_backward(Format::F32, 5, 33, 41, 4);
+    check_backward(Format::BF16, 98, 1100, 70, 5);
+}
+
+#[test]
+fn gradients_of_shared_inputs_are_summed_and_do_not_depend_on_threads_or_neighbours() {
+    let mut random = Random(6);
+    let (n, cols) = (101, 256);
+    let formats = [(Format::Q4_K, 70), (Format::Q6_K, 32), (Format::F32, 45), (Format::Q8_0, 530), (Format::NF4, 64)];
+    let data: Vec<_> = formats.iter().map(|(f, rows)| random.weights(*f, *rows, cols)).collect();
+    let matrices: Vec<_> =
+        formats.iter().zip(&data).map(|((f, rows), d)| Matrix::new(*f, *rows, cols, d).unwrap()).collect();
+    let dy: Vec<_> = formats.iter().map(|(_, rows)| random.normals(n * rows)).collect();
+    let views: Vec<&[f32]> = dy.iter().map(|d| &d[..]).collect();
+    for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+        let mut apart = vec![0.0; n * cols];
+        for (dy, matrix) in views.iter().zip(&matrices) {
+            Cpu::new(1, isa).matmul_backward(&[dy], n, &[*matrix], &mut apart);
+        }
+        for threads in [1, 2, 3] {
+            let mut together = vec![0.0; n * cols];
+            Cpu::new(threads, isa).matmul_backward(&views, n, &matrices, &mut together);
+            assert_eq!(apart, together, "{} {threads}", isa.name());
+        }
+        for r in [0, 50, 100] {
+            let mut alone = vec![0.0; cols];
+            let rows: Vec<&[f32]> =
+                views.iter().zip(&formats).map(|(d, (_, rows))| &d[r * rows..(r + 1) * rows]).collect();
+            Cpu::new(2, isa).matmul_backward(&rows, 1, &matrices, &mut alone);
+            assert_eq!(alone, apart[r * cols..(r + 1) * cols], "{} row {r}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn products_with_trained_matrices() {
+    let mut random = Random(7);
+    for (n, rows, cols) in
+        [(37, 8, 576), (130, 576, 8), (600, 4, 70), (70, 300, 64), (5, 1, 1), (33, 130, 210), (1, 16, 1100)]
+    {
+        let (x, w, dy) = (random.normals(n * cols), random.normals(rows * cols), random.normals(n * rows));
+        let f = |v: f32| f64::from(v);
+        let scale = 0.25;
+        let forward = product([n, rows, cols], |r, c| f(x[r * cols + c]), |c, o| f(scale * w[o * cols + c]));
+        let backward = product([n, cols, rows], |r, o| f(dy[r * rows + o]), |o, c| f(scale * w[o * cols + c]));
+        let weights = product([rows, cols, n], |o, r| f(dy[r * rows + o]), |r, c| f(scale * x[r * cols + c]));
+        for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+            let mut first: Option<[Vec<f32>; 3]> = None;
+            for threads in [1, 2, 3] {
+                let cpu = Cpu::new(threads, isa);
+                let mut got = [vec![0.0; n * rows], vec![0.0; n * cols], vec![0.0; rows * cols]];
+                cpu.floats_matmul(&x, n, &w, rows, cols, scale, &mut got[0]);
+                cpu.floats_backward(&dy, n, &w, rows, cols, scale, &mut got[1]);
+                cpu.weight_gradient(&dy, &x, n, rows, cols, scale, &mut got[2]);
+                let what = format!("{} [{n}, {rows}, {cols}]", isa.name());
+                near(&got[0], &forward.0, &forward.1, 2e-6, &what);
+                near(&got[1], &backward.0, &backward.1, 2e-6, &what);
+                near(&got[2], &weights.0, &weights.1, 2e-6, &what);
+                // A second time adds the same again.
+                let mut twice = got[2].clone();
+                cpu.weight_gradient(&dy, &x, n, rows, cols, scale, &mut twice);
+                let both: Vec<f64> = weights.0.iter().map(|w| 2.0 * w).collect();
+                near(&twice, &both, &weights.1, 4e-6, &what);
+                assert_eq!(first.get_or_insert_with(|| got.clone()), &got, "{what}: {threads} threads");
+            }
+        }
+    }
+}
+
+/// The slope of `f` along each of `x`, by central differences.
+fn differences(x: &[f32], f: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
+    let mut at: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
+    (0..x.len())
+        .map(|i| {
+            let (middle, step) = (at[i], 1e-5);
+            at[i] = middle + step;
+            let above = f(&at);
+            at[i] = middle - step;
+            let below = f(&at);
+            at[i] = middle;
+            (above - below) / (2.0 * step)
+        })
+        .collect()
+}
+
+fn close(got: &[f32], want: &[f64], what: &str) {
+    assert_eq!(got.len(), want.len());
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((f64::from(*got) - want).abs() <= 1e-5 * want.abs().max(1.0), "{what}: {i} is {got}, not {want}");
+    }
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|v| f64::from(*v)).collect()
+}
+
+#[test]
+fn norms() {
+    let mut random = Random(8);
+    // Three rows, whose weights are one width, or three of which each row has its own.
+    let (rows, width, eps) = (6, 21, 1e-3);
+    let (x, dy, before) = (random.normals(rows * width), random.normals(rows * width), random.normals(rows * width));
+    let mix = |y: &[f64]| y.iter().zip(&dy).map(|(y, dy)| y * f64::from(*dy)).sum::<f64>();
+    let plus = |want: Vec<f64>| -> Vec<f64> { want.iter().zip(&before).map(|(w, b)| w + f64::from(*b)).collect() };
+    let rms = |x: &[f64], w: &[f64]| -> f64 {
+        let mut y = vec![0.0; x.len()];
+        for (x, y) in x.chunks(width).zip(y.chunks_mut(width)) {
+            let scale = (x.iter().map(|x| x * x).sum::<f64>() / width as f64 + eps).sqrt();
+            (0..width).for_each(|i| y[i] = x[i] / scale * (w[i] + 1.0));
+        }
+        mix(&y)
+    };
+    let layer = |x: &[f64], w: &[f64], b: &[f64]| -> f64 {
+        let mut y = vec![0.0; x.len()];
+        for (r, (x, y)) in x.chunks(width).zip(y.chunks_mut(width)).enumerate() {
+            let at = r % (w.len() / width) * width;
+            let mean = x.iter().sum::<f64>() / width as f64;
+            let scale = (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64 + eps).sqrt();
+            (0..width).for_each(|i| y[i] = (x[i] - mean) / scale * w[at + i] + b[at + i]);
+        }
+        mix(&y)
+    };
+    for cpu in all() {
+        let what = cpu.isa().name();
+        let w = random.normals(width);
+        let (mut dx, mut dw) = (before.clone(), vec![0.0; width]);
+        cpu.rms_norm_backward(&x, &w, eps as f32, 1.0, &dy, &mut dx, Some(&mut dw));
+        close(&dx, &plus(differences(&x, &|x| rms(x, &wide(&w)))), what);
+        close(&dw, &differences(&w, &|w| rms(&wide(&x), w)), what);
+        for turns in [1, 3] {
+            let (w, b) = (random.normals(turns * width), random.normals(turns * width));
+            let (mut dx, mut dw, mut db) = (before.clone(), vec![0.0; w.len()], vec![0.0; w.len()]);
+            cpu.layer_norm_backward(&x, width, Some(&w), eps as f32, &dy, &mut dx, Some(&mut dw), Some(&mut db));
+            close(&dx, &plus(differences(&x, &|x| layer(x, &wide(&w), &wide(&b)))), what);
+            close(&dw, &differences(&w, &|w| layer(&wide(&x), w, &wide(&b))), what);
+            close(&db, &differences(&b, &|b| layer(&wide(&x), &wide(&w), b)), what);
+        }
+        let mut dx = before.clone();
+        cpu.layer_norm_backward(&x, width, None, eps as f32, &dy, &mut dx, None, None);
+        let (ones, zeros) = (vec![1.0; width], vec![0.0; width]);
+        close(&dx, &plus(differences(&x, &|x| layer(x, &ones, &zeros))), what);
+    }
+}
+
+#[test]
+fn large_norms_are_the_same_for_every_number_of_threads() {
+    let mut random = Random(9);
+    let (rows, width) = (300, 200);
+    let (x, dy, w) = (random.normals(rows * width), random.normals(rows * width), random.normals(width));
+    for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+        let results: Vec<_> = [1, 2, 3]
+            .into_iter()
+            .map(|threads| {
+                let cpu = Cpu::new(threads, isa);
+                let (mut dx, mut dw, mut db) = (vec![0.0; x.len()], vec![0.0; width], vec![0.0; width]);
+                cpu.rms_norm_backward(&x, &w, 1e-5, 0.0, &dy, &mut dx, Some(&mut dw));
+                cpu.layer_norm_backward(&x, width, Some(&w), 1e-5, &dy, &mut dx, Some(&mut dw), Some(&mut db));
+                (dx, dw, db)
+            })
+            .collect();
+        assert!(results[0] == results[1] && results[0] == results[2], "{}", isa.name());
+    }
+}
+
+/// The error function by the series whose terms all have one sign.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 6.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..300 {
+        term *= 2.0 * x * x / f64::from(2 * n + 1);
+        sum += term;
+    }
+    sum * (-x * x).exp() * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+fn activation(act: Activation, x: f64) -> f64 {
+    match act {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        }
+        Activation::Relu => x.max(0.0),
+        Activation::ClampedSilu => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
+    }
+}
+
+#[test]
+fn element_by_element() {
+    let mut random = Random(10);
+    // None falls on a kink.
+    let points: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.005 + 0.0012).collect();
+    let up: Vec<f32> = points.iter().map(|p| 0.8 * p + 0.3).collect();
+    let dy = random.normals(points.len());
+    let slope = |f: &dyn Fn(f64) -> f64, x: f64| (f(x + 1e-5) - f(x - 1e-5)) / 2e-5;
+    for cpu in all() {
+        let what = cpu.isa().name();
+        let each = |want: &dyn Fn(usize) -> f64| -> Vec<f64> {
+            (0..points.len()).map(|i| f64::from(dy[i]) * want(i)).collect()
+        };
+        let x = |i: usize| f64::from(points[i]);
+        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ClampedSilu]
+        {
+            let mut dx = dy.clone();
+            cpu.activate_backward(act, &points, &mut dx);
+            close(&dx, &each(&|i| slope(&|x| activation(act, x), x(i))), &format!("{what} {act:?}"));
+            let gated = |u: f64| if act == Activation::ClampedSilu { u.clamp(-7.0, 7.0) + 1.0 } else { u };
+            let (mut dgate, mut dup) = (points.clone(), up.clone());
+            cpu.gate_backward(act, &mut dgate, &mut dup, &dy);
+            let u = |i: usize| f64::from(up[i]);
+            let want = each(&|i| slope(&|x| activation(act, x), x(i)) * gated(u(i)));
+            close(&dgate, &want, &format!("{what} {act:?} gate"));
+            let want = each(&|i| slope(&gated, u(i)) * activation(act, x(i)));
+            close(&dup, &want, &format!("{what} {act:?} up"));
+        }
+        let (mut y, mut dx) = (points.clone(), dy.clone());
+        cpu.soft_cap(&mut y, 5.0);
+        cpu.soft_cap_backward(&y, 5.0, &mut dx);
+        close(&dx, &each(&|i| slope(&|x| 5.0 * (x / 5.0).tanh(), x(i))), what);
+        let mut dx = dy.clone();
+        cpu.clamp_backward(&points, 3.0, &mut dx);
+        close(&dx, &each(&|i| slope(&|x| x.clamp(-3.0, 3.0), x(i))), what);
+    }
+}
+
+#[test]
+fn rows_gated_biased_turned_and_reordered() {
+    let mut random = Random(11);
+    let (rows, width) = (5, 32);
+    let (x, by, dy) = (random.normals(rows * width), random.normals(rows), random.normals(rows * width));
+    let mix = |y: &[f64]| y.iter().zip(&dy).map(|(y, dy)| y * f64::from(*dy)).sum::<f64>();
+    let angles = random.normals(rows * 6);
+    let cos: Vec<f32> = angles.iter().map(|a| 1.3 * a.cos()).collect();
+    let sin: Vec<f32> = angles.iter().map(|a| 1.3 * a.sin()).collect();
+    let order: Vec<u32> = (0..width as u32).map(|i| (i * 7 + 3) % width as u32).collect();
+    for cpu in all() {
+        let what = cpu.isa().name();
+        let gated = |x: &[f64], by: &[f64]| -> f64 {
+            mix(&x.iter().enumerate().map(|(i, x)| x / (1.0 + (-by[i / width]).exp())).collect::<Vec<_>>())
+        };
+        let mut y = x.clone();
+        cpu.gate_rows(&mut y, &by);
+        let sums = |y: &[f32]| y.iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum::<f64>();
+        assert!((sums(&y) - gated(&wide(&x), &wide(&by))).abs() < 1e-5);
+        let (mut dx, mut dby) = (dy.clone(), vec![1.0; rows]);
+        cpu.gate_rows_backward(&x, &by, &mut dx, &mut dby);
+        close(&dx, &differences(&x, &|x| gated(x, &wide(&by))), what);
+        dby.iter_mut().for_each(|d| *d -= 1.0);
+        close(&dby, &differences(&by, &|by| gated(&wide(&x), by)), what);
+
+        let mut dbias = vec![0.0; width];
+        cpu.add_bias_backward(&dy, &mut dbias);
+        let columns: Vec<f64> = (0..width).map(|c| (0..rows).map(|r| f64::from(dy[r * width + c])).sum()).collect();
+        close(&dbias, &columns, what);
+
+        // What goes forward by a linear map and back by its gradient keeps the scalar product.
+        for layout in [RopeLayout::Half, RopeLayout::Interleaved, RopeLayout::TwoHalves] {
+            let (mut y, mut dx) = (x.clone(), dy.clone());
+            cpu.rope(&mut y, width, 16, &cos, &sin, 4, 12, layout);
+            cpu.rope_backward(&mut dx, width, 16, &cos, &sin, 4, 12, layout);
+            let back = dx.iter().zip(&x).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            assert!((sums(&y) - back).abs() < 1e-4, "{what} {layout:?}: {} {back}", sums(&y));
+        }
+        let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        cpu.gather_columns(&x, &order, &mut y);
+        cpu.scatter_columns(&dy, &order, &mut dx);
+        let back = dx.iter().zip(&x).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        assert!((sums(&y) - back).abs() < 1e-4, "{what}");
+    }
+}
+
+#[test]
+fn cross_entropy_and_its_gradient() {
+    let mut random = Random(12);
+    let (rows, vocabulary) = (7, 103);
+    let logits: Vec<f32> = random.normals(rows * vocabulary).iter().map(|x| 5.0 * x).collect();
+    let targets = [Some(3), None, Some(102), Some(0), Some(50), None, Some(51)];
+    let loss = |logits: &[f64]| -> f64 {
+        let mut sum = 0.0;
+        for (row, target) in logits.chunks(vocabulary).zip(targets) {
+            let Some(target) = target else { continue };
+            let most = row.iter().cloned().fold(f64::MIN, f64::max);
+            sum += row.iter().map(|x| (x - most).exp()).sum::<f64>().ln() + most - row[target as usize];
+        }
+        sum
+    };
+    for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+        for threads in [1, 3] {
+            let mut gradient = logits.clone();
+            let got = Cpu::new(threads, isa).cross_entropy(&mut gradient, &targets);
+            assert!((got - loss(&wide(&logits))).abs() < 1e-5, "{}: {got}", isa.name());
+            close(&gradient, &differences(&logits, &loss), isa.name());
+        }
+    }
+    assert_eq!(Cpu::new(1, Isa::Scalar).cross_entropy(&mut [], &[]), 0.0);
+}
+
+/// Attention by its definition in f64: the output, and the gradients of `sum(out * dout)` by q, k, v and sinks.
+struct Reference {
+    out: Vec<f64>,
+    gradients: [Vec<f64>; 4],
+}
+
+fn reference(
+    spec: &Attention<'_>,
+    sequences: &[AttentionRows],
+    [q, k, v, dout]: [&[f64]; 4],
+    sinks: Option<&[f64]>,
+) -> Reference {
+    let (dim, value_dim, group) = (spec.head_dim, spec.value_dim, spec.heads / spec.kv_heads);
+    let mut out = vec![0.0; dout.len()];
+    let mut gradients = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()], vec![0.0; spec.heads]];
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for s in sequences {
+        for (i, row) in s.queries.clone().enumerate() {
+            let at = s.keys.len() - s.queries.len() + i;
+            for h in 0..spec.heads {
+                let first = spec.window.map_or(0, |w| (at + 1).saturating_sub(w));
+                let last = if at < s.context { s.context - 1 } else { at };
+                let qi = (row * spec.heads + h) * dim;
+                let oi = (row * spec.heads + h) * value_dim;
+                let kj = |j: usize| ((s.keys.start + j) * spec.kv_heads + h / group) * dim;
+                let vj = |j: usize| ((s.keys.start + j) * spec.kv_heads + h / group) * value_dim;
+                let (mut scores, mut slopes) = (Vec::new(), Vec::new());
+                for j in first..=last {
+                    let mut score = dot(&q[qi..qi + dim], &k[kj(j)..kj(j) + dim]) * f64::from(spec.scale);
+                    let mut slope = f64::from(spec.scale);
+                    if let Some(cap) = spec.softcap {
+                        let t = (score / f64::from(cap)).tanh();
+                        score = f64::from(cap) * t;
+                        slope *= 1.0 - t * t;
+                    }
+                    score += match (spec.slopes, spec.rounded_slopes) {
+                        (None, _) => 0.0,
+                        (Some(m), None) => f64::from(m[h]) * (j as f64 - at as f64),
+                        (Some(m), Some(by)) => f64::from(by) * bf16(m[h] * j as f32),
+                    };
+                    scores.push(score);
+                    slopes.push(slope);
+                }
+                let most = scores.iter().cloned().chain(sinks.map(|s| s[h])).fold(f64::MIN, f64::max);
+                let sink = sinks.map_or(0.0, |s| (s[h] - most).exp());
+                let total = scores.iter().map(|s| (s - most).exp()).sum::<f64>() + sink;
+                let p: Vec<f64> = scores.iter().map(|s| (s - most).exp() / total).collect();
+                let dout = &dout[oi..oi + value_dim];
+                for (p, j) in p.iter().zip(first..) {
+                    (0..value_dim).for_each(|d| out[oi + d] += p * v[vj(j) + d]);
+                }
+                let delta = dot(dout, &out[oi..oi + value_dim]);
+                gradients[3][h] -= sink / total * delta;
+                for ((p, slope), j) in p.iter().zip(slopes).zip(first..) {
+                    let ds = p * (dot(dout, &v[vj(j)..vj(j) + value_dim]) - delta) * slope;
+                    for d in 0..dim {
+                        gradients[0][qi + d] += ds * k[kj(j) + d];
+                        gradients[1][kj(j) + d] += ds * q[qi + d];
+                    }
+                    (0..value_dim).for_each(|d| gradients[2][vj(j) + d] += p * dout[d]);
+                }
+            }
+        }
+    }
+    Reference { out, gradients }
+}
+
+const SLOPES: [f32; 6] = [0.5, 0.25, 0.1, 0.05, 0.02, 0.01];
+const SINKS: [f32; 6] = [0.3, -1.0, 2.0, 0.0, 1.0, -0.5];
+
+fn kind(kind: usize, heads: usize, kv_heads: usize, dim: usize, window: usize) -> Attention<'static> {
+    Attention {
+        heads,
+        kv_heads,
+        head_dim: dim,
+        value_dim: if kind == 6 { dim + 5 } else { dim },
+        scale: 1.0 / (dim as f32).sqrt(),
+        softcap: (kind == 1).then_some(2.0),
+        window: (kind == 2 || kind == 8).then_some(window),
+        slopes: (kind == 3 || kind == 5).then_some(&SLOPES[..heads]),
+        rounded_slopes: (kind == 5).then_some(0.3),
+        sinks: (kind == 4).then_some(&SINKS[..heads]),
+    }
+}
+
+#[test]
+fn the_reference_of_attention_has_the_slopes_of_its_differences() {
+    let mut random = Random(13);
+    for number in 0..9 {
+        let spec = kind(number, 4, 2, 5, 3);
+        let context = if number >= 7 { 4 } else { 0 };
+        let sequences = [
+            AttentionRows { queries: 0..6, keys: 0..6, context },
+            AttentionRows { queries: 6..9, keys: 6..13, context: 0 },
+        ];
+        let (q, k) = (random.normals(9 * 4 * 5), random.normals(13 * 2 * 5));
+        let (v, dout) = (random.normals(13 * 2 * spec.value_dim), random.normals(9 * 4 * spec.value_dim));
+        let (q64, k64, v64, d64) = (wide(&q), wide(&k), wide(&v), wide(&dout));
+        let sinks: Option<Vec<f64>> = spec.sinks.map(wide);
+        let of = |q: &[f64], k: &[f64], v: &[f64], sinks: Option<&[f64]>| -> f64 {
+            let out = reference(&spec, &sequences, [q, k, v, &d64], sinks).out;
+            out.iter().zip(&d64).map(|(a, b)| a * b).sum()
+        };
+        let got = reference(&spec, &sequences, [&q64, &k64, &v64, &d64], sinks.as_deref()).gradients;
+        let want = [
+            differences(&q, &|q| of(q, &k64, &v64, sinks.as_deref())),
+            differences(&k, &|k| of(&q64, k, &v64, sinks.as_deref())),
+            differences(&v, &|v| of(&q64, &k64, v, sinks.as_deref())),
+            spec.sinks.map_or(vec![0.0; 4], |s| differences(s, &|s| of(&q64, &k64, &v64, Some(s)))),
+        ];
+        for (got, want) in got.iter().zip(&want) {
+            for (got, want) in got.iter().zip(want) {
+                assert!((got - want).abs() < 1e-7, "{spec:?}: {got} {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_of_every_kind_goes_back() {
+    let mut random = Random(14);
+    for (heads, kv_heads, dim) in [(6, 2, 24), (3, 3, 16), (6, 1, 7)] {
+        for number in 0..9 {
+            let spec = kind(number, heads, kv_heads, dim, 70);
+            let context = if number >= 7 { 100 } else { 0 };
+            // Rows between and behind the sequences are nobody's.
+            let sequences = [
+                AttentionRows { queries: 0..130, keys: 2..132, context },
+                AttentionRows { queries: 131..132, keys: 132..133, context: 0 },
+                AttentionRows { queries: 132..197, keys: 133..270, context: context / 2 },
+            ];
+            let (rows, keys) = (200, 271);
+            let (q, k) = (random.normals(rows * heads * dim), random.normals(keys * kv_heads * dim));
+            let v = random.normals(keys * kv_heads * spec.value_dim);
+            let dout = random.normals(rows * heads * spec.value_dim);
+            let sinks: Option<Vec<f64>> = spec.sinks.map(wide);
+            let given = [&wide(&q)[..], &wide(&k), &wide(&v), &wide(&dout)];
+            let want = reference(&spec, &sequences, given, sinks.as_deref());
+            for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+                let mut first: Option<[Vec<f32>; 5]> = None;
+                for threads in [1, 2, 3] {
+                    let cpu = Cpu::new(threads, isa);
+                    let (mut out, mut lse) = (vec![0.0; dout.len()], vec![f32::NAN; rows * heads]);
+                    cpu.attention_train(&spec, &sequences, &q, &k, &v, &mut out, &mut lse);
+                    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+                    let mut dsinks = vec![0.0; heads];
+                    let gradients =
+                        AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv, dsinks: Some(&mut dsinks) };
+                    cpu.attention_backward(&spec, &sequences, [&q, &k, &v], &out, &lse, &dout, gradients);
+                    if spec.sinks.is_none() {
+                        assert!(dsinks.iter().all(|d| *d == 0.0));
+                    }
+                    let got = [out, dq, dk, dv, dsinks];
+                    let wants = [&want.out].into_iter().chain(&want.gradients);
+                    for (i, (got, want)) in got.iter().zip(wants).enumerate() {
+                        for (j, (got, want)) in got.iter().zip(want).enumerate() {
+                            let room = 1e-5 * want.abs().max(1.0);
+                            assert!(
+                                (f64::from(*got) - want).abs() < room,
+                                "{spec:?} {}: {i} at {j} is {got}, not {want}",
+                                isa.name()
+                            );
+                        }
+                    }
+                    assert!(first.get_or_insert_with(|| got.clone()) == &got, "{} {threads} threads", isa.name());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,89 @@
+use super::{Each, Record, guarded};
+use anyhow::{Context, Result, anyhow, bail};
+use calamine::{DataRef, Reader, Xlsx, open_workbook};
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The rows of the first sheet that has any, cell by cell: a hostile file may claim a cell in the last of a million
+/// rows and columns, so nothing is laid out by their numbers. The first row of two cells (or of the one cell `text`)
+/// names the columns.
+pub fn read(path: &Path, each: Each) -> Result<()> {
+    let name = || path.display().to_string();
+    let mut book: Xlsx<_> = guarded(|| open_workbook(path))
+        .and_then(|book| book.map_err(|e: calamine::XlsxError| anyhow!("no readable .xlsx spreadsheet: {e}")))
+        .with_context(name)?;
+    let sheets = book.sheet_names();
+    let mut used = None;
+    for sheet in &sheets {
+        let rows = one(&mut book, sheet, each).with_context(|| format!("{}, sheet {sheet}", path.display()))?;
+        if rows {
+            used = Some(sheet);
+            break;
+        }
+    }
+    match used {
+        None => bail!("{}: no sheet has a row that names its columns and a row below it", path.display()),
+        Some(sheet) if sheets.len() > 1 => tracing::warn!("{}: of its sheets only {sheet} is read", path.display()),
+        Some(_) => {}
+    }
+    Ok(())
+}
+
+type Row = BTreeMap<u32, String>;
+
+/// Whether the sheet has rows.
+fn one(book: &mut Xlsx<impl std::io::Read + std::io::Seek>, sheet: &str, each: Each) -> Result<bool> {
+    let broken = |e: calamine::XlsxError| anyhow!("damaged: {e}");
+    let mut cells = guarded(|| book.worksheet_cells_reader(sheet).map_err(broken))??;
+    let (mut header, mut row, mut at, mut any) = (None, Row::new(), 0, false);
+    loop {
+        let cell = guarded(|| cells.next_cell().map_err(broken))??;
+        let place = cell.as_ref().map(|c| c.get_position());
+        if place.map(|p| p.0) != Some(at) {
+            any |= finish(&mut header, std::mem::take(&mut row), u64::from(at) + 1, each)?;
+        }
+        let (Some(cell), Some((next, column))) = (cell, place) else { return Ok(any) };
+        if next < at {
+            bail!("damaged: row {} comes after row {}", next + 1, at + 1);
+        }
+        at = next;
+        let text = written(cell.get_value());
+        if !text.is_empty() {
+            row.insert(column, text);
+        }
+    }
+}
+
+/// Takes `row` as the one that names the columns, or gives it to `each`, which `true` says.
+fn finish(header: &mut Option<Row>, row: Row, number: u64, each: Each) -> Result<bool> {
+    let Some(names) = header else {
+        if row.len() > 1 || row.values().any(|v| v.trim().eq_ignore_ascii_case("text")) {
+            *header = Some(row);
+        }
+        return Ok(false);
+    };
+    if row.is_empty() {
+        return Ok(false);
+    }
+    let field = |(column, name): (&u32, &String)| {
+        (name.trim().to_owned(), Value::from(row.get(column).map_or("", String::as_str)))
+    };
+    let map: Map<String, Value> = names.iter().map(field).collect();
+    each(number, Ok(Record::Fields(map)))?;
+    Ok(true)
+}
+
+fn written(value: &DataRef) -> String {
+    match value {
+        DataRef::String(s) => s.clone(),
+        DataRef::SharedString(s) => s.to_string(),
+        // Whole numbers are written without a point: a label is 1, not 1.0.
+        DataRef::Float(f) => f.to_string(),
+        DataRef::Int(n) => n.to_string(),
+        DataRef::Bool(b) => b.to_string(),
+        DataRef::DateTime(d) => d.to_string(),
+        DataRef::DateTimeIso(s) | DataRef::DurationIso(s) => s.clone(),
+        DataRef::Error(_) | DataRef::Empty => String::new(),
+    }
+}

@@ -1,0 +1,156 @@
+//! Memory for what a pass makes: taken from a pool and given back when dropped, so that after the first step nothing
+//! large is asked of the system.
+
+use rushlight_quant::buffer::Aligned;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Lengths are rounded up to a multiple of this, so that buffers of nearly the same size serve for each other.
+const GRAIN: usize = 1024;
+
+#[derive(Default)]
+struct State {
+    free: Vec<Aligned<f32>>,
+    /// Bytes of all buffers, free and in use, now and at most.
+    held: u64,
+    most: u64,
+    /// Bytes in use, now and at most since the pool was last asked to [`Pool::trim`].
+    used: u64,
+    most_used: u64,
+}
+
+/// Buffers, free and in use.
+#[derive(Clone, Default)]
+pub struct Pool(Arc<Mutex<State>>);
+
+fn bytes(buffer: &Aligned<f32>) -> u64 {
+    4 * buffer.len() as u64
+}
+
+impl Pool {
+    /// A matrix of `[rows, width]` to be written to: what it holds is arbitrary.
+    pub fn take(&self, rows: usize, width: usize) -> Buffer {
+        let len = rows * width;
+        let wanted = len.next_multiple_of(GRAIN);
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // A buffer much larger than what is wanted would be missed where it fits.
+        let fits = |b: &Aligned<f32>| b.len() >= wanted && b.len() <= wanted + wanted / 4;
+        let best = (0..state.free.len()).filter(|&i| fits(&state.free[i])).min_by_key(|&i| state.free[i].len());
+        let values = match best {
+            Some(i) => state.free.swap_remove(i),
+            None => {
+                state.held += 4 * wanted as u64;
+                state.most = state.most.max(state.held);
+                Aligned::zeroed(wanted)
+            }
+        };
+        state.used += bytes(&values);
+        state.most_used = state.most_used.max(state.used);
+        Buffer { values, len, width, pool: self.clone() }
+    }
+
+    /// The same, of zeros.
+    pub fn zeros(&self, rows: usize, width: usize) -> Buffer {
+        let mut buffer = self.take(rows, width);
+        buffer.fill(0.0);
+        buffer
+    }
+
+    /// Gives back to the system what the last pass had no use for, so that batches of ever other sizes do not pile up
+    /// buffers.
+    pub fn trim(&self) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let enough = state.most_used + state.most_used / 8;
+        while state.held > enough.max(state.used) {
+            let Some(buffer) = state.free.pop() else { break };
+            state.held -= bytes(&buffer);
+        }
+        state.most_used = state.used;
+    }
+
+    /// The most bytes that buffers ever took.
+    pub fn most(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).most
+    }
+}
+
+/// A matrix of f32 values, `[rows, width]`.
+pub struct Buffer {
+    values: Aligned<f32>,
+    len: usize,
+    width: usize,
+    pool: Pool,
+}
+
+impl Buffer {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.len.checked_div(self.width).unwrap_or(0)
+    }
+
+    /// Columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// One row.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self[row * self.width..][..self.width]
+    }
+
+    /// One row, to be changed.
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        let width = self.width;
+        &mut self[row * width..][..width]
+    }
+
+    /// Another of the same numbers.
+    pub fn copy(&self) -> Buffer {
+        let mut copy = self.pool.take(self.rows(), self.width);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &self.values[..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.len]
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let values = std::mem::take(&mut self.values);
+        let mut state = self.pool.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.used -= bytes(&values);
+        state.free.push(values);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_used_again_and_what_is_not_needed_goes() {
+        let pool = Pool::default();
+        for _ in 0..3 {
+            let (a, b) = (pool.take(10, 1000), pool.zeros(3, 5));
+            assert_eq!((a.rows(), a.width(), b.row(2).len()), (10, 1000, 5));
+        }
+        let most = pool.most();
+        assert_eq!(most, 4 * (10 * 1024 + 1024));
+        drop((0..8).map(|_| pool.take(10, 1000)).collect::<Vec<_>>());
+        pool.trim();
+        drop(pool.take(10, 1000));
+        pool.trim();
+        assert!(pool.0.lock().unwrap().held <= most, "seven of the eight were given back");
+    }
+}
