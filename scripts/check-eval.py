@@ -78,12 +78,16 @@ def main():
             out.write(string)
         return call(args.peer, "tokenize", args.model, "-f", text)["ids"]
 
-    def logprobs(ids):
+    def logprobs(ids, last):
+        """What the last token predicts, or each of them, by position."""
         ids = ",".join(map(str, ids))
-        rows = call(args.peer, "logits", args.model, "--ids", ids, "--all", "--threads", "2")["positions"]
-        rows = numpy.array([row["logits"] for row in rows], dtype=numpy.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        return rows - numpy.log(numpy.exp(rows).sum(axis=1, keepdims=True))
+        which = [] if last else ["--all"]
+        found = {}
+        for row in call(args.peer, "logits", args.model, "--ids", ids, "--threads", "2", *which)["positions"]:
+            logits = numpy.array(row["logits"], dtype=numpy.float64)
+            logits -= logits.max()
+            found[row["position"]] = logits - numpy.log(numpy.exp(logits).sum())
+        return found
 
     description = {"mmlu": ENGLISH, "ceval": CEVAL, "cmmlu": CMMLU, "hellaswag": ""}[args.kind].format(args.subject)
     shown = list(read(args.kind, args.examples))[: args.shots] if args.shots else []
@@ -100,10 +104,11 @@ def main():
         scores, known = [], {}
         for choice in choices:
             ids = tokens(f"{context} {choice}")
-            rows = known.setdefault(tuple(ids[:-1]), None)
-            if rows is None:
-                rows = known[tuple(ids[:-1])] = logprobs(ids[:-1])
-            scores.append(sum(rows[i - 1, ids[i]] for i in range(start, len(ids))))
+            # All letters are predicted by the same row.
+            key = tuple(ids[:-1])
+            if key not in known:
+                known[key] = logprobs(key, start + 1 == len(ids))
+            scores.append(sum(known[key][i - 1][ids[i]] for i in range(start, len(ids))))
         lengths = [len(choice) for choice in choices]
         best = int(numpy.argmax(scores)), int(numpy.argmax(numpy.array(scores) / lengths))
         right = [right[0] + (best[0] == answer), right[1] + (best[1] == answer)]

@@ -2,8 +2,9 @@
 
 mod golden;
 
-use golden::{options, shared};
-use rushlight::engine::Engine;
+use golden::{ids, json as read_json, options, shared};
+use rushlight::engine::{Engine, Options};
+use rushlight::eval::score::{Choice, Scorer};
 use rushlight_models::tokenizer::{Specials, Tokenizer};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -138,6 +139,40 @@ fn scores_are_those_of_a_plain_pass_over_each_choice() {
     assert_eq!(summary["truncated"], 1);
     let (status, out, _) = rushlight(&["eval", model, "--task", folder.to_str().unwrap()]);
     assert!(status == 0 && out.starts_with("subject  questions     accuracy, %\nanimals          2 "), "{out}");
+}
+
+#[test]
+fn choices_score_alike_in_any_company() {
+    // Plain; windows; experts; a rotary base that grows with the sequence; a context that is seen whole.
+    for family in ["llama", "gemma2", "mixtral", "qwen-7b", "internlm2-bias-dynntk", "chatglm-6b"] {
+        let Some(dir) = shared(&format!("fixtures/families/{family}")) else { return };
+        let options = Options { context: Some(64), ..options(&[]) };
+        let (mut engine, mut other) = (Engine::open(&dir, &options).unwrap(), Engine::open(&dir, &options).unwrap());
+        let mut scorer = Scorer::new(&mut engine);
+        let golden = read_json(&dir.join("golden.json"));
+        for case in golden["cases"].as_array().unwrap() {
+            let context = ids(&case["input_ids"]);
+            let context = &context[..context.len().min(40)];
+            let ends: [&[u32]; 5] = [&[9], &[9, 30, 12, 7], &[9, 30, 5], &[17, 11], &[9, 30]];
+            let choices = ends.map(|own| Choice { ids: [context, own].concat(), own: own.len() });
+            let got = scorer.log_likelihoods(&choices).unwrap();
+            // A second time, when all is at hand.
+            assert_eq!(scorer.log_likelihoods(&choices).unwrap(), got, "{family}");
+            for (choice, got) in choices.iter().zip(got) {
+                let mut want = 0.0;
+                other.truncate(0, 0);
+                other
+                    .prompt_all(0, &choice.ids[..choice.ids.len() - 1], &mut |position, logits| {
+                        if position + 1 >= context.len() {
+                            let all: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+                            want += f64::from(logits[choice.ids[position + 1] as usize]) - all.ln();
+                        }
+                    })
+                    .unwrap();
+                assert!((want - got).abs() < 2e-4, "{family}: {got} is not {want}");
+            }
+        }
+    }
 }
 
 #[test]

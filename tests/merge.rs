@@ -285,6 +285,7 @@ fn the_command_keeps_what_stays_and_refuses_what_it_cannot_do() {
         (vec![source, "-o", &adapter], 1, "is what is read"),
         (vec![source, "-o", &folder], 1, "is there already"),
         (vec![source, "-o", &new, "--type", "q4_0"], 2, "end its name with .gguf"),
+        (vec![source, "-o", &new, "--keep", "nothing=F32"], 1, "fits no tensor"),
         (vec![&base, "-o", "/nowhere/x.gguf"], 1, "there is no directory /nowhere"),
     ] {
         let (code, _, err) = rushlight(&[&["merge", "--adapter", &adapter], &args[..]].concat());

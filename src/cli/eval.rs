@@ -1,6 +1,6 @@
 //! `rushlight eval`: how many multiple-choice questions a model answers rightly.
 
-use super::{Global, ModelOptions, Progress, Usage, print_json};
+use super::{Global, Interrupted, ModelOptions, Progress, Usage, interrupt, print_json};
 use crate::engine::Engine;
 use crate::eval::find::{Split, Wanted, subjects};
 use crate::eval::result::{Answer, Score};
@@ -13,6 +13,7 @@ use rushlight_models::tokenizer::Tokenizer;
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Measure how many multiple-choice questions a model answers rightly
@@ -101,11 +102,15 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let options = crate::engine::Options { slots, ..args.model.engine(Some(longest(&asked).max(1))) };
     let mut engine = Engine::from_checkpoint(checkpoint, &options)?;
     let mut scorer = Scorer::new(&mut engine);
+    let stop = interrupt::flag(true);
     let started = Instant::now();
     let mut progress = Progress::count(global.quiet, "evaluating", asked.len() as u64);
     let mut answers: Vec<Vec<Answer>> = vec![Vec::new(); subjects.len()];
     let mut right = 0;
     for (i, question) in asked.iter().enumerate() {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Interrupted.into());
+        }
         let subject = &subjects[question.subject];
         let answer = scorer.answer(subject, question).with_context(|| subject.items[question.item].place.clone())?;
         right += usize::from(answer.chosen == answer.answer);

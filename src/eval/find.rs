@@ -82,7 +82,10 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The subjects of `task`, a file or a folder of files. `progress` has no part in it: files are read in a moment.
+/// The subjects of `task`, a file or a folder of files, with the questions that are wanted.
+///
+/// # Errors
+/// When a file cannot be read as one of the layouts (naming its line), or there are too few examples.
 pub fn subjects(task: &Path, wanted: &Wanted) -> Result<Vec<Subject>> {
     let given =
         wanted.examples.as_ref().map(|path| Ok::<_, anyhow::Error>((path, read(path, wanted.texts)?))).transpose()?;

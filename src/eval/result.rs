@@ -127,7 +127,10 @@ mod tests {
         assert_eq!((all.questions, all.accuracy, all.accuracy_norm), (10, 0.4, None));
         // ((4 - 1) * 0.25^2 * 4 + (6 - 1) * (1 / 36) * 6) / 8 / 10
         assert!((all.stderr - ((0.75 + 5.0 / 6.0) / 80.0f64).sqrt()).abs() < 1e-12);
-        assert!((Score::all(&[b.clone()]).stderr - b.stderr).abs() < 1e-12 && b.accuracy_norm == Some(b.accuracy));
+        assert!(
+            (Score::all(std::slice::from_ref(&b)).stderr - b.stderr).abs() < 1e-12
+                && b.accuracy_norm == Some(b.accuracy)
+        );
         assert_eq!(Score::of("c", &answers(1, 1), false).stderr, 0.0);
     }
 }

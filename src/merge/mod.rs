@@ -95,6 +95,10 @@ pub fn plan_directory(
             checkpoint.path().display()
         );
     };
+    let fits = |keep: &&Keep| checkpoint.tensors().iter().any(|info| keep.pattern.is_match(&info.name));
+    if let Some(other) = keep.iter().find(|keep| !fits(keep)) {
+        bail!("--keep '{}' fits no tensor of {}", other.pattern, checkpoint.path().display());
+    }
     let folding = Folding::new(model)?;
     let mut tensors: Vec<Planned> = Vec::with_capacity(checkpoint.tensors().len() + 1);
     for info in checkpoint.tensors() {

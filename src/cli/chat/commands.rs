@@ -22,7 +22,7 @@ pub const COMMANDS: [(&str, &str, &str); 11] = [
     ("/save", "FILE", "write the conversation as JSON"),
     ("/load", "FILE", "go on with a saved conversation"),
     ("/set", "[NAME VALUE]", "show or change sampling, such as /set temperature 0.5"),
-    ("/adapter", "[A[=SCALE] | off]", "show, add or remove adapters"),
+    ("/adapter", "[A[=SCALE] | off [A]]", "show, add, rescale or remove adapters"),
     ("/stats", "", "speed, context and memory"),
     ("/quit", "", "leave (or Ctrl-D)"),
     ("/exit", "", "leave"),
@@ -212,6 +212,9 @@ fn adapters(talk: &mut Talk, rest: &str) -> Result<()> {
     }
     let wanted = if rest == "off" {
         Vec::new()
+    } else if let Some(path) = rest.strip_prefix("off ").map(|path| Path::new(path.trim())) {
+        ensure!(talk.adapters.iter().any(|(p, _)| p == path), "the adapter {} is not in force", path.display());
+        talk.adapters.iter().filter(|(p, _)| p != path).cloned().collect()
     } else {
         let (path, scale) = adapter(rest).map_err(anyhow::Error::msg)?;
         let mut wanted: Vec<_> = talk.adapters.iter().filter(|(p, _)| *p != path).cloned().collect();
