@@ -3,6 +3,8 @@
 //! `vdpbf16ps` has half the rate of VNNI, which needs two passes for activations of as many bits, and stops at no scale
 //! group. (Intel's processors before AMX take it at a quarter of that rate: see [`pays`].)
 
+mod columns;
+
 use super::codes256::{Codes, by_codes};
 use super::{HalfKernels, HalfRows, PANEL, PackHalf, ROW_BLOCK};
 use crate::formats::Format;
@@ -26,7 +28,7 @@ pub(super) fn pays() -> bool {
     })
 }
 
-pub(super) const KERNELS: HalfKernels = HalfKernels { round, pack, mul };
+pub(super) const KERNELS: HalfKernels = HalfKernels { round, pack, columns: columns::columns, mul };
 
 pub(super) fn round(x: &[f32], cols: usize, out: &mut [u16]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

@@ -22,7 +22,7 @@ pub mod scalar;
 mod tests;
 
 use crate::formats::Format;
-pub use columns::PackColumns;
+pub use columns::{PackColumns, PackHalfColumns};
 
 /// An instruction set that has kernels here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +198,8 @@ pub struct HalfKernels {
     pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
     /// For block formats.
     pub pack: fn(Format) -> PackHalf,
+    /// For all formats.
+    pub columns: fn(Format) -> PackHalfColumns,
     /// The products.
     pub mul: MulHalf,
 }
