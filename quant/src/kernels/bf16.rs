@@ -142,7 +142,7 @@ fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> __m512i 
 /// `out` has room for 512 numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
+pub(super) unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
     let (mut a, mut b) = (rows, rows);
     for i in 0..8 {
         b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);

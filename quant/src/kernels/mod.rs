@@ -4,6 +4,8 @@
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
 #[cfg(target_arch = "x86_64")]
+mod across512;
+#[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -291,4 +293,4 @@ pub struct Kernels {
     pub lanes: Lanes,
 }
 
-pub(crate) use lanes::{Lanes, exp};
+pub(crate) use lanes::{Lanes, QUERIES, exp};
