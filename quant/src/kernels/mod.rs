@@ -4,6 +4,8 @@
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
 #[cfg(target_arch = "x86_64")]
+mod across512;
+#[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -22,7 +24,7 @@ pub mod scalar;
 mod tests;
 
 use crate::formats::Format;
-pub use columns::PackColumns;
+pub use columns::{PackColumns, PackHalfColumns};
 
 /// An instruction set that has kernels here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +200,8 @@ pub struct HalfKernels {
     pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
     /// For block formats.
     pub pack: fn(Format) -> PackHalf,
+    /// For all formats.
+    pub columns: fn(Format) -> PackHalfColumns,
     /// The products.
     pub mul: MulHalf,
 }
@@ -289,4 +293,4 @@ pub struct Kernels {
     pub lanes: Lanes,
 }
 
-pub(crate) use lanes::{Lanes, exp};
+pub(crate) use lanes::{Lanes, QUERIES, exp};
