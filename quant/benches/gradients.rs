@@ -70,6 +70,7 @@ fn main() {
     println!("{} with {} threads: {:.1} Gop/s at most", cpu.isa().name(), cpu.threads(), peak / 1e9);
     let report = Report { cpu, peak, filter };
     let cpu = &report.cpu;
+    let half = &Cpu::new(cpu.threads(), cpu.isa()).with_half_attention(true);
     let n = number("ROWS", 512);
     for (rows, cols) in SHAPES {
         let (x, dy) = (numbers(n * cols), numbers(n * rows));
@@ -126,15 +127,16 @@ fn main() {
         // What lies under the diagonal, twice: scores and sums; backward, five products.
         let product = rows * length * heads * dim;
         let name = |what: &str| format!("attention {what} {count}x{length} {heads}/{kv_heads}x{dim}");
-        cpu.attention_train(&spec, &sequences, &q, &k, &v, &mut out, &mut lse);
-        report.time(&name("forward"), 2 * product, || {
-            cpu.attention_train(&spec, &sequences, &q, &k, &v, &mut out, &mut lse)
-        });
-        let (dout, out) = (numbers(q.len()), out.clone());
-        report.time(&name("backward"), 5 * product, || {
-            let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv, dsinks: None };
-            cpu.attention_backward(&spec, &sequences, [&q, &k, &v], &out, &lse, &dout, gradients)
-        });
+        for (kind, cpu) in [("", cpu), (" bf16", half)] {
+            report.time(&(name("forward") + kind), 2 * product, || {
+                cpu.attention_train(&spec, &sequences, &q, &k, &v, &mut out, &mut lse)
+            });
+            let (dout, out) = (numbers(q.len()), out.clone());
+            report.time(&(name("backward") + kind), 5 * product, || {
+                let gradients = AttentionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv, dsinks: None };
+                cpu.attention_backward(&spec, &sequences, [&q, &k, &v], &out, &lse, &dout, gradients)
+            });
+        }
     }
     let vocabulary = 49152;
     let mut logits = numbers(64 * vocabulary);

@@ -4,6 +4,7 @@
 //! group. (Intel's processors before AMX take it at a quarter of that rate: see [`pays`].)
 
 mod columns;
+mod rows;
 
 use super::codes256::{Codes, by_codes};
 use super::{HalfKernels, HalfRows, PANEL, PackHalf, ROW_BLOCK};
@@ -28,7 +29,8 @@ pub(super) fn pays() -> bool {
     })
 }
 
-pub(super) const KERNELS: HalfKernels = HalfKernels { round, pack, columns: columns::columns, mul };
+pub(super) const KERNELS: HalfKernels =
+    HalfKernels { round, pack, columns: columns::columns, across: rows::across, pairs: rows::pairs, mul };
 
 pub(super) fn round(x: &[f32], cols: usize, out: &mut [u16]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

@@ -202,6 +202,12 @@ pub struct HalfKernels {
     pub pack: fn(Format) -> PackHalf,
     /// For all formats.
     pub columns: fn(Format) -> PackHalfColumns,
+    /// Up to 16 rows of `len` f32, `stride` apart, as a panel `[len / 2][16][2]`: a right side whose columns they are.
+    /// Absent rows, and columns up to a multiple of 32, are zeros.
+    pub across: fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [u16]),
+    /// `used` rows of `len` f32, `stride` apart, as panels `[used / 2][16][2]` at distance `ldb`: a right side whose rows
+    /// they are. Rows up to a multiple of 32, and columns of a panel behind the last, are zeros.
+    pub pairs: fn(rows: &[f32], stride: usize, used: usize, len: usize, ldb: usize, out: &mut [u16]),
     /// The products.
     pub mul: MulHalf,
 }

@@ -33,7 +33,7 @@ pub(super) fn columns(format: Format) -> PackHalfColumns {
 /// Two rows of 32 weights as a line of each of two panels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn interleave(a: __m512i, b: __m512i) -> [__m512i; 2] {
+pub(super) fn interleave(a: __m512i, b: __m512i) -> [__m512i; 2] {
     // Word 2 j is word j of the first row, word 2 j + 1 that of the second (numbered from 32); then from 16 on.
     let pairs = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let low = _mm512_or_si512(pairs, _mm512_slli_epi32::<16>(_mm512_or_si512(pairs, _mm512_set1_epi32(32))));
@@ -41,10 +41,9 @@ fn interleave(a: __m512i, b: __m512i) -> [__m512i; 2] {
     [_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)]
 }
 
-/// Makes sure of the sizes and clears the lines behind the last row.
-fn check(data: &[u8], row_bytes: usize, rows: usize, panels: usize, ldb: usize, out: &mut [u16]) {
+/// Makes sure of the panels' size and clears the lines behind the last row.
+pub(super) fn check(rows: usize, panels: usize, ldb: usize, out: &mut [u16]) {
     let lines = rows.next_multiple_of(STEP) / 2;
-    assert!(data.len() >= rows * row_bytes, "weights are shorter than the rows asked for");
     assert!(panels == 0 || out.len() >= (panels - 1) * ldb + lines * 2 * PANEL);
     for p in 0..panels {
         out[p * ldb..][rows / 2 * 2 * PANEL..lines * 2 * PANEL].fill(0);
@@ -63,7 +62,8 @@ fn pack_codes<C: Codes>(
     let (first, last) = (columns.start / 32, columns.end / 32);
     let total = row_bytes / C::BYTES * C::GROUPS;
     assert!(columns.start.is_multiple_of(32) && columns.end.is_multiple_of(32) && last <= total);
-    check(data, row_bytes, rows, 2 * (last - first), ldb, out);
+    assert!(data.len() >= rows * row_bytes, "weights are shorter than the rows asked for");
+    check(rows, 2 * (last - first), ldb, out);
     let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; 2];
     for pair in 0..rows.div_ceil(2) {
         let used = (rows - 2 * pair).min(2);
@@ -124,7 +124,7 @@ fn pack_weights<W: Weights>(
     out: &mut [u16],
 ) {
     let panels = columns.len().div_ceil(PANEL);
-    check(data, row_bytes, rows, panels, ldb, out);
+    check(rows, panels, ldb, out);
     for pair in 0..rows.div_ceil(2) {
         for p in (0..panels).step_by(2) {
             let mut pairs = [_mm512_setzero_si512(); 2];

@@ -6,15 +6,17 @@
 //! strips of 16 queries are a right side.
 
 mod backward;
+mod tiles;
 
 use super::{Attention, add_slope, lanes_exp};
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
-use crate::kernels::{GemmShape, Kernels, PANEL, QUERIES};
+use crate::kernels::{Kernels, PANEL, QUERIES};
 use crate::threads::Disjoint;
 pub use backward::AttentionGradients;
 use std::cell::RefCell;
 use std::ops::Range;
+use tiles::{Side, Tiles};
 
 /// Keys of a tile. A tile has as many queries: [`QUERIES`].
 const KEYS: usize = 64;
@@ -33,22 +35,27 @@ pub struct AttentionRows {
 
 #[derive(Default)]
 struct Scratch {
-    /// Rows, or one side of a product, on the way into another layout.
+    /// Rows on the way into another layout.
     rows: Aligned<f32>,
     panel: Aligned<f32>,
-    /// Queries across, as panels: of one block (forward) or of all.
-    queries: Aligned<f32>,
-    /// Values with a row for each column, tile by tile.
-    values: Aligned<f32>,
+    /// Queries as the columns of a right side: of one block (forward) or of all.
+    queries: Side,
+    /// Left sides: keys, and values with a row for each column.
+    keys: Side,
+    values: Side,
+    turned_values: Aligned<f32>,
     scores: Aligned<f32>,
-    strips: Aligned<f32>,
+    /// Scores as a right side.
+    strips: Side,
     /// The output, or the queries' gradient, with a row for each column.
     out: Aligned<f32>,
+    spare: Aligned<f32>,
     backward: backward::Scratch,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static ROUNDED_ROWS: RefCell<Aligned<f32>> = RefCell::default();
 }
 
 /// A head of a sequence.
@@ -179,46 +186,55 @@ impl Cpu {
         out: &Disjoint<'_, f32>,
         lse: &Disjoint<'_, f32>,
     ) {
-        let (spec, lanes) = (head.spec, &self.kernels.lanes);
+        let (spec, lanes, tiles) = (head.spec, &self.kernels.lanes, self.tiles());
         let (dim, value_dim) = (spec.head_dim, spec.value_dim);
         let high = value_dim.next_multiple_of(PANEL);
-        scratch.values.reserve(head.tiles() * value_dim * KEYS);
-        scratch.scores.reserve(KEYS * QUERIES);
-        scratch.strips.reserve(KEYS * QUERIES);
-        scratch.out.reserve(high * QUERIES);
-        for tile in 0..head.tiles() {
-            let keys = head.tile(tile);
-            let (values, width) = head.left(v, value_dim, keys.start);
-            let to = &mut scratch.values[tile * value_dim * KEYS..(tile + 1) * value_dim * KEYS];
-            self.turn(values, width, keys.len(), value_dim, &mut scratch.panel, to);
+        let Scratch { rows, panel, queries, keys, values, turned_values, scores, strips, out: sums, spare, .. } =
+            scratch;
+        rows.reserve(QUERIES * dim);
+        queries.reserve(&tiles, 1, QUERIES, dim);
+        keys.reserve(&tiles, head.tiles(), KEYS, dim);
+        values.reserve(&tiles, head.tiles(), value_dim, KEYS);
+        turned_values.reserve(head.tiles() * value_dim * KEYS);
+        scores.reserve(KEYS * QUERIES);
+        strips.reserve(&tiles, 1, KEYS, QUERIES);
+        sums.reserve(high * QUERIES);
+        spare.reserve(high * QUERIES);
+        for number in 0..head.tiles() {
+            let tile = head.tile(number);
+            let (left, stride) = head.left(v, value_dim, tile.start);
+            let to = &mut turned_values[number * value_dim * KEYS..(number + 1) * value_dim * KEYS];
+            self.turn(left, stride, tile.len(), value_dim, panel, to);
+            tiles.left(to, KEYS, value_dim, tile.len(), values, number);
+            let (left, stride) = head.left(k, dim, tile.start);
+            tiles.left(left, stride, tile.len(), dim, keys, number);
         }
         for block in (0..head.blocks()).map(|b| head.block(b)) {
             let count = block.rows.len();
             let n = count.next_multiple_of(PANEL);
-            scratch.queries.reserve(QUERIES * dim);
-            self.across(q, spec.heads, head.head, dim, &block.rows, spec.scale, &mut scratch.queries);
-            scratch.out[..high * QUERIES].fill(0.0);
+            gather(q, spec.heads, head.head, dim, &block.rows, rows);
+            (lanes.scale)(spec.scale, &mut rows[..count * dim]);
+            tiles.across(rows, dim, count, dim, queries, 0);
+            sums[..high * QUERIES].fill(0.0);
             let (mut most, mut total) = ([f32::NEG_INFINITY; QUERIES], [0f32; QUERIES]);
             for (number, tile) in (0..head.tiles()).map(|t| (t, head.tile(t))) {
                 if !head.meets(&block, &tile) {
                     continue;
                 }
-                let keys = tile.len();
-                let (left, lda) = head.left(k, dim, tile.start);
-                let shape = GemmShape { m: keys, n, k: dim, lda, ldb: dim * PANEL, ldc: QUERIES, add: false };
-                (self.kernels.gemm)(shape, left, &scratch.queries, &mut scratch.scores);
-                let scores = &mut scratch.scores[..keys * QUERIES];
+                let (left, stride) = head.left(k, dim, tile.start);
+                let left = tiles.kept(left, stride, tile.len(), dim, keys, number);
+                tiles.mul(left, (queries, 0), [tile.len(), n, dim], scores, QUERIES, None);
+                let scores = &mut scores[..tile.len() * QUERIES];
                 head.finish_scores(&self.kernels, &block, &tile, scores, None);
                 let mut shrink = [0f32; QUERIES];
                 (lanes.softmax)(scores, &mut most, &mut total, &mut shrink);
                 if shrink[..count].iter().any(|s| *s != 1.0) {
-                    (lanes.scale_columns)(&shrink, &mut scratch.out[..value_dim * QUERIES]);
+                    (lanes.scale_columns)(&shrink, &mut sums[..value_dim * QUERIES]);
                 }
-                strips(scores, n, &mut scratch.strips);
-                let (m, ldb) = (value_dim, keys * PANEL);
-                let shape = GemmShape { m, n, k: keys, lda: KEYS, ldb, ldc: QUERIES, add: true };
-                let values = &scratch.values[number * value_dim * KEYS..];
-                (self.kernels.gemm)(shape, values, &scratch.strips, &mut scratch.out);
+                tiles.along(scores, tile.len(), QUERIES, strips, 0);
+                let turned = &turned_values[number * value_dim * KEYS..];
+                let left = tiles.kept(turned, KEYS, value_dim, tile.len(), values, number);
+                tiles.mul(left, (strips, 0), [value_dim, n, tile.len()], sums, QUERIES, Some(spare));
             }
             // The sum of exponentials, the sink's among them, and what it was measured from.
             let mut by = [0f32; QUERIES];
@@ -233,31 +249,13 @@ impl Cpu {
                 let lse = unsafe { lse.slice(at..at + 1) };
                 lse[0] = top + sum.ln();
             }
-            (lanes.scale_columns)(&by, &mut scratch.out[..value_dim * QUERIES]);
-            self.turn_back(head, &block, value_dim, &scratch.out, &mut scratch.panel, out);
+            (lanes.scale_columns)(&by, &mut sums[..value_dim * QUERIES]);
+            self.turn_back(head, &block, value_dim, sums, panel, out);
         }
     }
 
-    /// The scaled rows `rows` of one head of `x`, `[rows, heads * dim]`, as panels `[rows / 16][dim][16]`, absent rows
-    /// being zeros.
-    fn across(
-        &self,
-        x: &[f32],
-        heads: usize,
-        head: usize,
-        dim: usize,
-        rows: &Range<usize>,
-        scale: f32,
-        out: &mut [f32],
-    ) {
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let panel = &mut out[p * dim * PANEL..(p + 1) * dim * PANEL];
-            let from = &x[(first * heads + head) * dim..];
-            (self.kernels.lanes.across)(from, heads * dim, PANEL.min(rows.end - first), dim, panel);
-        }
-        if scale != 1.0 {
-            (self.kernels.lanes.scale)(scale, &mut out[..rows.len().next_multiple_of(PANEL) * dim]);
-        }
+    fn tiles(&self) -> Tiles<'_> {
+        Tiles { kernels: &self.kernels, half: self.kernels.half.filter(|_| self.half_attention) }
     }
 
     /// `rows` rows of `dim` columns, `width` apart, with a row of [`KEYS`] for each column; absent ones become zeros.
@@ -299,14 +297,10 @@ impl Cpu {
     }
 }
 
-/// Rows of [`QUERIES`] scores as strips `[n / 16][rows][16]`.
-fn strips(scores: &[f32], n: usize, out: &mut [f32]) {
-    let rows = scores.len() / QUERIES;
-    let (out, _) = out.as_chunks_mut::<PANEL>();
-    for (j, row) in scores.chunks_exact(QUERIES).enumerate() {
-        for (strip, part) in row[..n].as_chunks::<PANEL>().0.iter().enumerate() {
-            out[strip * rows + j] = *part;
-        }
+/// Copies the rows `rows` of one head of `x`, `[rows, heads * dim]`, into `out`, one after another.
+fn gather(x: &[f32], heads: usize, head: usize, dim: usize, rows: &Range<usize>, out: &mut [f32]) {
+    for (r, out) in rows.clone().zip(out.chunks_exact_mut(dim)) {
+        out.copy_from_slice(&x[(r * heads + head) * dim..][..dim]);
     }
 }
 

@@ -1,11 +1,12 @@
 //! The gradients of queries, keys, values and sinks.
 
-use super::{AttentionRows, Head, KEYS, SCRATCH, check, strips};
+use super::tiles::Side;
+use super::{AttentionRows, Head, KEYS, SCRATCH, check, gather};
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
-use crate::kernels::{GemmShape, PANEL, QUERIES};
+use crate::kernels::{PANEL, QUERIES};
 use crate::ops::Attention;
-use crate::ops::attention::{lanes_exp, panel_columns};
+use crate::ops::attention::lanes_exp;
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -25,15 +26,18 @@ pub struct AttentionGradients<'a> {
 
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Queries of all blocks by columns, and the output's gradients across and by columns.
-    columns: Aligned<f32>,
-    outs: Aligned<f32>,
-    out_columns: Aligned<f32>,
-    /// A tile's keys with a row for each column.
-    keys: Aligned<f32>,
+    /// Right sides of all blocks: queries as rows, and the output's gradients as columns and as rows.
+    queries: Side,
+    outs: Side,
+    out_rows: Side,
+    /// A tile's keys with a row for each column, also as a left side.
+    turned_keys: Aligned<f32>,
+    keys: Side,
     /// Gradients of a tile's scores.
     slopes: Aligned<f32>,
     capped: Aligned<f32>,
+    /// Scores and their gradients as left sides.
+    left: Side,
     dk: Aligned<f32>,
     dv: Aligned<f32>,
     lse: Aligned<f32>,
@@ -108,100 +112,99 @@ impl Cpu {
         [q, k, v, out, lse, dout]: [&[f32]; 6],
         [dq, dk, dv]: [&Disjoint<'_, f32>; 3],
     ) -> f32 {
-        let (spec, lanes, gemm) = (head.spec, &self.kernels.lanes, self.kernels.gemm);
+        let (spec, lanes, tiles) = (head.spec, &self.kernels.lanes, self.tiles());
         let (dim, value_dim) = (spec.head_dim, spec.value_dim);
         let (wide, value_wide) = (dim.next_multiple_of(PANEL), value_dim.next_multiple_of(PANEL));
         let blocks = head.blocks();
         SCRATCH.with_borrow_mut(|all| {
-            let super::Scratch { rows, panel, queries, scores, strips: strip, out: turned, backward: own, .. } = all;
-            let Scratch { columns, outs, out_columns, keys: key_rows, slopes, capped, dk: dkeys, dv: dvalues, .. } =
-                own;
-            let (sums, deltas) = (&mut own.lse, &mut own.deltas);
+            let super::Scratch { rows, panel, queries, keys, values, scores, strips, out: turned, spare, .. } = all;
+            let own = &mut all.backward;
             rows.reserve(QUERIES * dim.max(value_dim));
-            queries.reserve(blocks * QUERIES * dim);
-            columns.reserve(blocks * QUERIES * wide);
-            outs.reserve(blocks * QUERIES * value_dim);
-            out_columns.reserve(blocks * QUERIES * value_wide);
-            for buffer in [&mut *scores, slopes, capped, strip] {
+            queries.reserve(&tiles, blocks, QUERIES, dim);
+            own.queries.reserve(&tiles, blocks, QUERIES, dim);
+            own.outs.reserve(&tiles, blocks, QUERIES, value_dim);
+            own.out_rows.reserve(&tiles, blocks, QUERIES, value_dim);
+            keys.reserve(&tiles, 1, KEYS, dim);
+            values.reserve(&tiles, 1, KEYS, value_dim);
+            own.keys.reserve(&tiles, 1, dim, KEYS);
+            own.left.reserve(&tiles, 1, KEYS, QUERIES);
+            strips.reserve(&tiles, 1, KEYS, QUERIES);
+            for buffer in [&mut *scores, &mut own.slopes, &mut own.capped] {
                 buffer.reserve(KEYS * QUERIES);
             }
-            key_rows.reserve(wide * KEYS);
-            dkeys.reserve(KEYS * wide);
-            dvalues.reserve(KEYS * value_wide);
+            own.turned_keys.reserve(dim * KEYS);
+            own.dk.reserve(KEYS * wide);
+            own.dv.reserve(KEYS * value_wide);
+            spare.reserve(KEYS * wide.max(value_wide));
             turned.reserve(blocks * QUERIES * wide);
             turned[..blocks * QUERIES * wide].fill(0.0);
-            sums.reserve(blocks * QUERIES);
-            deltas.reserve(blocks * QUERIES);
+            own.lse.reserve(blocks * QUERIES);
+            own.deltas.reserve(blocks * QUERIES);
             let mut sink = 0f32;
             for number in 0..blocks {
                 let block = head.block(number);
                 let (at, h, count) = (number * QUERIES, head.head, block.rows.len());
                 gather(q, spec.heads, h, dim, &block.rows, rows);
                 (lanes.scale)(spec.scale, &mut rows[..count * dim]);
-                panel_columns(rows, count, dim, &mut columns[at * wide..]);
-                self.across(q, spec.heads, h, dim, &block.rows, spec.scale, &mut queries[at * dim..]);
+                tiles.across(rows, dim, count, dim, queries, number);
+                tiles.along(rows, count, dim, &mut own.queries, number);
                 gather(dout, spec.heads, h, value_dim, &block.rows, rows);
-                panel_columns(rows, count, value_dim, &mut out_columns[at * value_wide..]);
-                self.across(dout, spec.heads, h, value_dim, &block.rows, 1.0, &mut outs[at * value_dim..]);
-                sums[at..at + QUERIES].fill(0.0);
-                deltas[at..at + QUERIES].fill(0.0);
+                tiles.across(rows, value_dim, count, value_dim, &mut own.outs, number);
+                tiles.along(rows, count, value_dim, &mut own.out_rows, number);
+                own.lse[at..at + QUERIES].fill(0.0);
+                own.deltas[at..at + QUERIES].fill(0.0);
                 for (i, r) in block.rows.enumerate() {
                     let row = r * spec.heads + h;
                     let delta = (lanes.dot)(&rows[i * value_dim..][..value_dim], &out[row * value_dim..][..value_dim]);
-                    (sums[at + i], deltas[at + i]) = (lse[row], delta);
+                    (own.lse[at + i], own.deltas[at + i]) = (lse[row], delta);
                     if let Some(sinks) = spec.sinks {
                         sink -= lanes_exp(sinks[h] - lse[row]) * delta;
                     }
                 }
             }
             for tile in (0..head.tiles()).map(|t| head.tile(t)) {
-                let keys = tile.len();
-                let ((left, lda), (value_left, value_lda)) =
-                    (head.left(k, dim, tile.start), head.left(v, value_dim, tile.start));
-                self.turn(left, lda, keys, dim, panel, &mut key_rows[..dim * KEYS]);
-                dkeys[..keys * wide].fill(0.0);
-                dvalues[..keys * value_wide].fill(0.0);
+                let count = tile.len();
+                let (key_rows, stride) = head.left(k, dim, tile.start);
+                self.turn(key_rows, stride, count, dim, panel, &mut own.turned_keys[..dim * KEYS]);
+                let key_rows = tiles.left(key_rows, stride, count, dim, keys, 0);
+                let (value_rows, stride) = head.left(v, value_dim, tile.start);
+                let value_rows = tiles.left(value_rows, stride, count, value_dim, values, 0);
+                let key_columns = tiles.left(&own.turned_keys, KEYS, dim, count, &mut own.keys, 0);
+                own.dk[..count * wide].fill(0.0);
+                own.dv[..count * value_wide].fill(0.0);
                 for number in 0..blocks {
                     let block = head.block(number);
                     if !head.meets(&block, &tile) {
                         continue;
                     }
-                    let (at, count) = (number * QUERIES, block.rows.len());
-                    let n = count.next_multiple_of(PANEL);
-                    let shape = GemmShape { m: keys, n, k: dim, lda, ldb: dim * PANEL, ldc: QUERIES, add: false };
-                    gemm(shape, left, &queries[at * dim..], scores);
-                    let shape = GemmShape { k: value_dim, lda: value_lda, ldb: value_dim * PANEL, ..shape };
-                    gemm(shape, value_left, &outs[at * value_dim..], slopes);
-                    let (p, ds) = (&mut scores[..keys * QUERIES], &mut slopes[..keys * QUERIES]);
-                    head.finish_scores(&self.kernels, &block, &tile, p, Some(&mut capped[..keys * QUERIES]));
+                    let (at, seen) = (number * QUERIES, block.rows.len());
+                    let n = seen.next_multiple_of(PANEL);
+                    tiles.mul(key_rows, (queries, number), [count, n, dim], scores, QUERIES, None);
+                    tiles.mul(value_rows, (&own.outs, number), [count, n, value_dim], &mut own.slopes, QUERIES, None);
+                    let (p, ds) = (&mut scores[..count * QUERIES], &mut own.slopes[..count * QUERIES]);
+                    let capped = &mut own.capped[..count * QUERIES];
+                    head.finish_scores(&self.kernels, &block, &tile, p, Some(capped));
                     let stats = at..at + QUERIES;
-                    (lanes.softmax_backward)(&sums[stats.clone()], &deltas[stats], p, ds);
+                    (lanes.softmax_backward)(&own.lse[stats.clone()], &own.deltas[stats], p, ds);
                     if let Some(cap) = spec.softcap {
-                        (lanes.soft_cap_backward)(cap, &capped[..keys * QUERIES], ds);
+                        (lanes.soft_cap_backward)(cap, capped, ds);
                     }
-                    strips(ds, n, strip);
-                    let shape = GemmShape {
-                        m: keys,
-                        n: wide,
-                        k: count,
-                        lda: QUERIES,
-                        ldb: count * PANEL,
-                        ldc: wide,
-                        add: true,
-                    };
-                    gemm(shape, slopes, &columns[at * wide..], dkeys);
-                    let shape = GemmShape { n: value_wide, ldc: value_wide, ..shape };
-                    gemm(shape, scores, &out_columns[at * value_wide..], dvalues);
-                    let shape = GemmShape { m: dim, n, k: keys, lda: KEYS, ldb: keys * PANEL, ldc: QUERIES, add: true };
-                    gemm(shape, key_rows, strip, &mut turned[at * wide..]);
+                    tiles.along(ds, count, QUERIES, strips, 0);
+                    let left = tiles.left(ds, QUERIES, count, seen, &mut own.left, 0);
+                    tiles.mul(left, (&own.queries, number), [count, wide, seen], &mut own.dk, wide, Some(spare));
+                    let left = tiles.left(p, QUERIES, count, seen, &mut own.left, 0);
+                    let shape = [count, value_wide, seen];
+                    tiles.mul(left, (&own.out_rows, number), shape, &mut own.dv, value_wide, Some(spare));
+                    let out = &mut turned[at * wide..][..dim * QUERIES];
+                    tiles.mul(key_columns, (strips, 0), [dim, n, count], out, QUERIES, Some(spare));
                 }
-                for (j, r) in (head.rows.keys.start + tile.start..).take(keys).enumerate() {
+                for (j, r) in (head.rows.keys.start + tile.start..).take(count).enumerate() {
                     let at = r * spec.heads + head.head;
                     // SAFETY: a row of a head belongs to one task.
                     let (dk, dv) =
                         unsafe { (dk.slice(at * dim..(at + 1) * dim), dv.slice(at * value_dim..(at + 1) * value_dim)) };
-                    dk.copy_from_slice(&dkeys[j * wide..][..dim]);
-                    dv.copy_from_slice(&dvalues[j * value_wide..][..value_dim]);
+                    dk.copy_from_slice(&own.dk[j * wide..][..dim]);
+                    dv.copy_from_slice(&own.dv[j * value_wide..][..value_dim]);
                 }
             }
             for number in 0..blocks {
@@ -227,12 +230,5 @@ impl Cpu {
                 }
             }
         });
-    }
-}
-
-/// Copies the rows `rows` of one head of `x`, `[rows, heads * dim]`, into `out`, one after another.
-fn gather(x: &[f32], heads: usize, head: usize, dim: usize, rows: &Range<usize>, out: &mut [f32]) {
-    for (r, out) in rows.clone().zip(out.chunks_exact_mut(dim)) {
-        out.copy_from_slice(&x[(r * heads + head) * dim..][..dim]);
     }
 }
