@@ -174,22 +174,24 @@ fn killed_at_any_moment_it_ends_alike() {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = (fixture("llama"), write_tokens(&dir.path().join("t.jsonl"), 40));
     let whole = dir.path().join("whole");
-    let started = Instant::now();
     ok(&[&long_run(&model, &data, whole.to_str().unwrap())[..], &["--threads", "1"]].concat());
-    let time = started.elapsed();
     let out = dir.path().join("killed");
     let args = long_run(&model, &data, out.to_str().unwrap());
-    // Eight kills spread over the run, each at a moment of its own; then to the end, with other threads.
+    let lines = || std::fs::read_to_string(out.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    // Eight kills spread over the run, each some moments after a step; then to the end, with other threads.
     let mut kills = 0;
-    for i in 0..8u32 {
-        let mut child =
-            rushlight(&[&args[..], &["--threads", if i % 2 == 0 { "1" } else { "2" }]].concat()).spawn().unwrap();
-        std::thread::sleep(time * (2 + (i * 7919) % 5) / 16 + Duration::from_millis(u64::from(i * 37 % 50)));
+    for (i, until) in [4, 11, 17, 24, 31, 37, 46, 53].into_iter().enumerate() {
+        let threads = if i % 2 == 0 { "1" } else { "2" };
+        let mut child = rushlight(&[&args[..], &["--threads", threads]].concat()).spawn().unwrap();
+        while lines() < until && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_micros(i as u64 * 3_701 % 15_000));
         kills += u32::from(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         wait(child);
     }
-    assert!(kills >= 3, "only {kills} runs were still at work when they were killed");
+    assert!(kills >= 5, "only {kills} runs were still at work when they were killed");
     ok(&[&args[..], &["--threads", "2"]].concat());
     assert_eq!(adapter(&out), adapter(&whole));
     let plain = |dir: &Path| {

@@ -25,7 +25,10 @@ fn numbers(count: usize, seed: usize) -> Vec<f32> {
 }
 
 /// What was trained, owned.
-struct Trained(Vec<(Role, usize, Vec<f32>, Vec<f32>, Option<Vec<f32>>)>);
+struct Trained(Vec<One>);
+
+/// Role, layer, A, B and magnitude.
+type One = (Role, usize, Vec<f32>, Vec<f32>, Option<Vec<f32>>);
 
 impl Trained {
     /// For every linear layer that `wanted` takes.

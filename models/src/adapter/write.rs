@@ -243,7 +243,8 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
     let wrong = |what: String| Error::file(path, what);
     let family = model.family;
     // The parts of each module.
-    let mut groups: BTreeMap<(usize, String), (Role, Vec<(Pair<'_>, Option<Rows>)>)> = BTreeMap::new();
+    type Parts<'a> = Vec<(Pair<'a>, Option<Rows>)>;
+    let mut groups: BTreeMap<(usize, String), (Role, Parts<'_>)> = BTreeMap::new();
     for pair in pairs {
         let (role, layer) = (pair.role, pair.layer);
         let (whole, name) = name_of(model, naming, role, layer)
