@@ -150,7 +150,7 @@ fn gguf_files_become_directories() {
     let gguf = path("model.gguf");
     json(&["quantize", &source, "-o", &gguf, "--type", "F32", "--json"]);
     let text = path("text.txt");
-    std::fs::write(&text, "Once upon a time, there was a red bird in a big tree. It saw Tom. ".repeat(60)).unwrap();
+    std::fs::write(&text, "Once upon a time, there was a red bird in a big tree. It saw Tom. ".repeat(180)).unwrap();
     for (kind, extra) in
         [("nf4", vec![]), ("int4", vec!["--method", "rtn", "--group-size", "32"]), ("int8", vec!["--calib", &text])]
     {
