@@ -37,7 +37,7 @@ fn targets(model: &Model) -> HashMap<usize, Target> {
     let target = |l: &Linear| {
         let format = if l.weight.cols().is_multiple_of(32) { Format::Q4_0 } else { Format::F16 };
         let rows = (l.layer == 1).then(|| (0..l.weight.rows() as u32).rev().collect());
-        (l.id, Target { name: name(l), format, rows })
+        (l.id, Target { name: name(l), format, groups: None, rows })
     };
     model.linears().map(target).collect()
 }
@@ -119,7 +119,7 @@ fn every_step_sees_the_quantized_ones_before_it() {
         let mut backend = text::backend(&model, Some(1), 1, 128, model.layers.len()).unwrap();
         let squares = imatrix::collect(&model, &mut backend, &sequences(), true, &mut |_| ()).unwrap();
         for linear in model.linears_mut().filter(|l| step.contains(&l.id)) {
-            let Target { name, format, rows } = &targets[&linear.id];
+            let Target { name, format, rows, .. } = &targets[&linear.id];
             let inputs = squares.of(linear.id).unwrap();
             assert_eq!(inputs.rows as usize, sequences().concat().len());
             for (want, got) in inputs.sums.iter().zip(&seen[name]) {

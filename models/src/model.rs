@@ -22,12 +22,13 @@ pub struct Weight {
     cols: usize,
     data: Bytes,
     order: Option<Arc<[u32]>>,
+    fine: bool,
 }
 
 impl Weight {
     /// `rows` packed rows of `cols` weights; `None` where `data` is not exactly that.
     pub fn new(format: Format, rows: usize, cols: usize, data: Bytes) -> Option<Weight> {
-        let weight = Weight { format, rows, cols, data, order: None };
+        let weight = Weight { format, rows, cols, data, order: None, fine: false };
         (rows.checked_mul(format.row_bytes(cols)?)? == weight.data.len()).then_some(weight)
     }
 
@@ -77,6 +78,12 @@ impl Weight {
         self.order.as_ref()
     }
 
+    /// The same matrix; whether generated tokens meet it with activations of 16 bits
+    /// ([`Matrix::with_fine_steps`]).
+    pub fn with_fine_steps(self, fine: bool) -> Weight {
+        Weight { fine, ..self }
+    }
+
     /// Decodes row `row`, its columns in their own order.
     pub fn decode_row(&self, row: usize, out: &mut [f32]) {
         match &self.order {
@@ -100,7 +107,8 @@ impl Weight {
 
     /// What the kernels take: columns as they are stored.
     pub fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(self.format, self.rows, self.cols, &self.data).expect("the length was checked by `new`")
+        let matrix = Matrix::new(self.format, self.rows, self.cols, &self.data);
+        matrix.expect("the length was checked by `new`").with_fine_steps(self.fine)
     }
 
     /// The rows `range`, in place; `None` where there are not so many.
@@ -744,7 +752,8 @@ impl<'a> Finder<'a> {
                 }
                 None => data,
             };
-            let weight = Weight::new(info.format, rows, cols, data)?;
+            let fine = self.checkpoint.is_repacked(&name);
+            let weight = Weight::new(info.format, rows, cols, data)?.with_fine_steps(fine);
             let weight = match self.checkpoint.column_order(&name) {
                 Some(order) => weight.with_order(order)?,
                 None => weight,

@@ -9,7 +9,7 @@
 //!
 //! | rows | instruction set | activations | weights |
 //! | --- | --- | --- | --- |
-//! | few | all | 8 bits, a scale over each 32 columns ([`QuantizedRow`]) | exact |
+//! | few | all | 8 bits, a scale over each 32 columns ([`QuantizedRow`]); 16 bits where the matrix asks for it | exact |
 //! | many | AMX; AVX-512 with a fast bf16 ([`Cpu::prompts_in_bf16`]) | bf16 | rounded to bf16 |
 //! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
 //!
@@ -57,13 +57,20 @@ pub struct Matrix<'a> {
     rows: usize,
     cols: usize,
     data: &'a [u8],
+    fine: bool,
 }
 
 impl<'a> Matrix<'a> {
     /// `None` where `data` is not exactly `rows` packed rows of `cols` weights.
     pub fn new(format: Format, rows: usize, cols: usize, data: &'a [u8]) -> Option<Self> {
         let bytes = format.row_bytes(cols)?.checked_mul(rows)?;
-        (bytes == data.len()).then_some(Matrix { format, rows, cols, data })
+        (bytes == data.len()).then_some(Matrix { format, rows, cols, data, fine: false })
+    }
+
+    /// The same matrix, for which the activations of generated tokens are rounded to 16 bits instead of 8, as those of
+    /// prompts are: what it is multiplied with is then as good as its codes. Costs a second pass over codes in cache.
+    pub fn with_fine_steps(self, fine: bool) -> Self {
+        Matrix { fine: fine && self.format.is_coded(), ..self }
     }
 
     /// Outputs.
@@ -230,7 +237,8 @@ impl Cpu {
             match (phase, self.half()) {
                 (Phase::Generate, _) => {
                     if coded {
-                        rounded.quantize(self, x, n, cols, Rounding::Once);
+                        let fine = weights.iter().any(|w| w.fine);
+                        rounded.quantize(self, x, n, cols, if fine { Rounding::Twice } else { Rounding::Once });
                     }
                     self.few_rows(x, rounded.rows(cols), n, weights, &out);
                 }
@@ -289,8 +297,9 @@ impl Cpu {
         self.team.run(tasks.len(), &|t| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
-            // Several sequences take turns at a part that stays in the nearest cache.
-            let step = if n == 1 { rows.len() } else { (16384 / w.row_bytes().max(1)).next_multiple_of(8) };
+            // Several rows of activations take turns at a part that stays in the nearest cache.
+            let step = if n == 1 && !w.fine { rows.len() } else { (16384 / w.row_bytes().max(1)).next_multiple_of(8) };
+            let mut rest = vec![0f32; if w.fine { step.min(rows.len()) } else { 0 }];
             for start in rows.clone().step_by(step.max(1)) {
                 let end = rows.end.min(start + step);
                 let data = &w.data[start * w.row_bytes()..end * w.row_bytes()];
@@ -301,6 +310,11 @@ impl Cpu {
                         (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
                     } else {
                         (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
+                    }
+                    if w.fine {
+                        let rest = &mut rest[..end - start];
+                        (self.kernels.dot_codes)(w.format)(data, quantized.row(n + r), rest);
+                        (self.kernels.lanes.add)(rest, out);
                     }
                 }
             }

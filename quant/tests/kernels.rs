@@ -44,14 +44,17 @@ fn exact(x: &[f32]) -> Vec<f64> {
     x.iter().map(|v| f64::from(*v)).collect()
 }
 
+/// How a matrix is met: its phase, and whether generated tokens meet it finely.
+const WAYS: [(Phase, bool); 3] = [(Phase::Generate, false), (Phase::Generate, true), (Phase::Prompt, false)];
+
 /// Products in f64 of what the path makes of activations and weights (the table in `matmul.rs`), and the sums of
-/// magnitudes that errors are measured by.
-fn reference(format: Format, phase: Phase, cpu: &Cpu, x: &[f32], w: &[f32], cols: usize) -> (Vec<f64>, Vec<f64>) {
-    let (x, w) = match phase {
-        _ if !format.is_coded() => (exact(x), exact(w)),
-        Phase::Generate => (rounded(x), exact(w)),
-        Phase::Prompt if cpu.prompts_in_bf16() => (bf16(x), bf16(w)),
-        Phase::Prompt => (rounded_twice(x), exact(w)),
+/// magnitudes that errors are measured by. `path`: the weights' format, the way, and whether prompts are in bf16.
+fn reference(path: (Format, (Phase, bool), bool), x: &[f32], w: &[f32], cols: usize) -> (Vec<f64>, Vec<f64>) {
+    let (x, w) = match path {
+        (format, _, _) if !format.is_coded() => (exact(x), exact(w)),
+        (_, (Phase::Generate, false), _) => (rounded(x), exact(w)),
+        (_, (Phase::Prompt, _), true) => (bf16(x), bf16(w)),
+        _ => (rounded_twice(x), exact(w)),
     };
     let (mut sums, mut sizes) = (Vec::new(), Vec::new());
     for x in x.chunks(cols) {
@@ -70,17 +73,17 @@ fn check_matmul(format: Format, n: usize, rows: usize, cols: usize, seed: u64) {
     let w = decode(format, rows, cols, &data);
     let matrix = Matrix::new(format, rows, cols, &data).unwrap();
     for cpu in all() {
-        for phase in [Phase::Generate, Phase::Prompt] {
-            let (want, size) = reference(format, phase, &cpu, &x, &w, cols);
+        for way @ (phase, fine) in WAYS {
+            let (want, size) = reference((format, way, cpu.prompts_in_bf16()), &x, &w, cols);
             let mut out = vec![f32::NAN; n * rows];
-            cpu.matmul(phase, &x, n, &[matrix], &mut [&mut out]);
+            cpu.matmul(phase, &x, n, &[matrix.with_fine_steps(fine)], &mut [&mut out]);
             for (i, ((got, want), size)) in out.iter().zip(&want).zip(&size).enumerate() {
                 // A minimum is added and taken off again: errors are relative to the larger terms. And where what an 8-bit
                 // code left over lies half way between two codes, f32 and f64 may choose differently: 2^-15 of a column.
                 let room = 3e-5 * size + 1e-6;
                 assert!(
                     (f64::from(*got) - want).abs() <= room,
-                    "{format} {phase:?} {} [{n}x{cols}] x [{rows}x{cols}]: {i} is {got}, not {want} (of {size})",
+                    "{format} {way:?} {} [{n}x{cols}] x [{rows}x{cols}]: {i} is {got}, not {want} (of {size})",
                     cpu.isa().name()
                 );
             }
@@ -125,7 +128,8 @@ fn results_do_not_depend_on_neighbours_or_threads() {
         let x = random.normals(n * cols);
         let matrix = Matrix::new(format, rows, cols, &data).unwrap();
         for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
-            for phase in [Phase::Generate, Phase::Prompt] {
+            for (phase, fine) in WAYS {
+                let matrix = matrix.with_fine_steps(fine);
                 let mut together = vec![0.0; n * rows];
                 Cpu::new(1, isa).matmul(phase, &x, n, &[matrix], &mut [&mut together]);
                 let cpu = Cpu::new(3, isa);
@@ -149,19 +153,19 @@ fn rounding_stays_as_small_as_documented() {
         let x = random.normals(n * cols);
         let w = decode(format, rows, cols, &data);
         let matrix = Matrix::new(format, rows, cols, &data).unwrap();
-        let (want, size) = reference(Format::F32, Phase::Prompt, &Cpu::new(1, Isa::Scalar), &x, &w, cols);
+        let (want, size) = reference((Format::F32, WAYS[2], false), &x, &w, cols);
         for cpu in all() {
-            for phase in [Phase::Generate, Phase::Prompt] {
+            for way @ (phase, fine) in WAYS {
                 let mut out = vec![0.0; n * rows];
-                cpu.matmul(phase, &x, n, &[matrix], &mut [&mut out]);
+                cpu.matmul(phase, &x, n, &[matrix.with_fine_steps(fine)], &mut [&mut out]);
                 let errors = out.iter().zip(&want).zip(&size).map(|((g, w), s)| (f64::from(*g) - w).abs() / s);
                 let mean = errors.sum::<f64>() / out.len() as f64;
-                let room = match phase {
-                    Phase::Generate => 6e-4,
-                    Phase::Prompt if cpu.prompts_in_bf16() => 2e-4,
-                    Phase::Prompt => 1e-5,
+                let room = match (way, cpu.prompts_in_bf16()) {
+                    ((Phase::Generate, false), _) => 6e-4,
+                    ((Phase::Prompt, _), true) => 2e-4,
+                    _ => 1e-5,
                 };
-                assert!(mean < room, "{format} {phase:?} {}: {mean:.1e}", cpu.isa().name());
+                assert!(mean < room, "{format} {way:?} {}: {mean:.1e}", cpu.isa().name());
             }
         }
     }
@@ -183,7 +187,7 @@ fn prompts_can_be_rounded_as_ggml_rounds_them() {
         for ((format, data), out) in formats.iter().zip(&data).zip(&out) {
             let w = decode(*format, rows, cols, data);
             let rounded: Vec<f32> = rounded_over(format.block_len().max(32), &x).iter().map(|x| *x as f32).collect();
-            let (want, size) = reference(Format::F32, Phase::Prompt, &Cpu::new(1, Isa::Scalar), &rounded, &w, cols);
+            let (want, size) = reference((Format::F32, WAYS[2], false), &rounded, &w, cols);
             for ((got, want), size) in out.iter().zip(&want).zip(&size) {
                 assert!((f64::from(*got) - want).abs() <= 1e-5 * size + 1e-6, "{format} {}", cpu.isa().name());
             }
@@ -218,8 +222,9 @@ fn several_matrices_in_one_call_are_each_alone() {
     let cols = 256;
     let formats = [(Format::Q4_K, 48), (Format::Q6_K, 16), (Format::F32, 20)];
     let data: Vec<_> = formats.iter().map(|(f, rows)| random.weights(*f, *rows, cols)).collect();
-    let matrices: Vec<_> =
+    let mut matrices: Vec<_> =
         formats.iter().zip(&data).map(|((f, rows), d)| Matrix::new(*f, *rows, cols, d).unwrap()).collect();
+    matrices[1] = matrices[1].with_fine_steps(true);
     let x = random.normals(5 * cols);
     for cpu in all() {
         for phase in [Phase::Generate, Phase::Prompt] {

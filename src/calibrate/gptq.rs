@@ -1,18 +1,20 @@
 //! GPTQ on a whole model: from a plan to finished tensors in the scratch folder.
 
+use super::groups::Groups;
 use super::imatrix::gguf_name;
 use super::layers::{Job, Run, State, Target};
 use super::text::{self, Own};
 use crate::quantize::plan::Plan;
 use crate::quantize::scratch::{Fingerprint, Scratch};
 use anyhow::{Result, bail};
+use rushlight_models::checkpoint::export::Original;
 use rushlight_models::checkpoint::{Bytes, Checkpoint};
 use rushlight_models::convert::Source;
 use rushlight_models::families::{Naming, Role};
 use rushlight_models::model::{Linear, Model};
 use rushlight_models::tokenizer::Tokenizer;
 use rushlight_quant::Cpu;
-use rushlight_quant::formats::{Format, grid};
+use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::{Codes, GptqOptions, Grid, gptq};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -80,38 +82,46 @@ pub fn quantize(
     run(model, tokenizer, &targets, &|format| Grid::Blocks(format), scratch, options, progress)
 }
 
-/// Quantizes `layers` (by their names in `checkpoint`, without `.weight`) to symmetric integer codes of `bits` in groups
-/// of `group` inputs, and leaves them in `scratch` as rows of [`group_format`].
+/// A linear layer that is to be one of a Hugging Face directory.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// Its id in the model.
+    pub id: usize,
+    /// The name of its tensor in the directory, without `.weight`.
+    pub name: String,
+    /// Row `i` of the tensor is row `rows[i]` of the model's; as they stand where `None`.
+    pub rows: Option<Vec<u32>>,
+}
+
+/// Quantizes `layers` to integer codes in `groups`, and leaves them in `scratch`, from where [`Groups::layer`] takes them.
 pub fn quantize_groups(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
-    layers: &[String],
-    (bits, group): (u32, usize),
+    layers: &[Named],
+    groups: Groups,
     scratch: &Scratch,
     options: &Options<'_>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<()> {
     let model = Model::load(checkpoint)?;
-    let format = group_format(bits);
-    let names: HashMap<usize, String> = layer_names(checkpoint, &model).into_iter().collect();
-    let wanted = names.into_iter().filter(|(_, name)| layers.contains(name));
-    let targets = wanted.map(|(id, name)| (id, Target { name, format, rows: None })).collect();
-    let grid = Grid::Group { bits, group, symmetric: true };
+    let target = |l: &Named| {
+        let format = model.linears().find(|linear| linear.id == l.id)?.weight.format();
+        Some((l.id, Target { name: l.name.clone(), format, groups: Some(groups), rows: l.rows.clone() }))
+    };
+    let targets = layers.iter().filter_map(target).collect();
+    let Groups { bits, group, symmetric } = groups;
+    let grid = Grid::Group { bits, group, symmetric };
     run(model, tokenizer, &targets, &|_| grid, scratch, options, progress)
 }
 
-/// The block format in which symmetric codes of `bits` are kept: its scale is the group's, again in each block of 32.
-pub fn group_format(bits: u32) -> Format {
-    if bits == 8 { Format::Q8_0 } else { Format::Q4_0 }
-}
-
-/// The id and the name (without `.weight`) of each linear layer that is a tensor of its own in a Hugging Face directory;
-/// the head, which is usually left as it is, is not among them.
-pub fn layer_names(checkpoint: &Checkpoint, model: &Model) -> Vec<(usize, String)> {
+/// The linear layers that are tensors of their own in `original`; the head, which is usually left as it is, is not among
+/// them.
+pub fn named_layers(original: &Original<'_>, model: &Model) -> Vec<Named> {
     let name = |l: &Linear| {
         let name = model.family.name(Naming::HuggingFace, l.role, l.layer)?;
-        let info = checkpoint.find(&format!("{name}.weight"))?;
-        (info.shape == [l.weight.rows(), l.weight.cols()]).then_some((l.id, name))
+        let tensor = format!("{name}.weight");
+        let fits = original.find(&tensor)?.shape == [l.weight.rows(), l.weight.cols()];
+        fits.then(|| Named { id: l.id, rows: original.rows(&tensor).map(<[u32]>::to_vec), name })
     };
     model.linears().filter(|l| l.role != Role::Head).filter_map(name).collect()
 }
@@ -144,29 +154,13 @@ fn run(
         tracing::info!("{name}: {:.1} % of the error of rounding", 100.0 * got / rounded.max(f64::MIN_POSITIVE));
         match done.codes {
             Codes::Blocks(packed) => Ok(packed),
-            Codes::Groups { codes, scales, zeros, group_of } => pack_groups(format, &codes, &scales, &zeros, &group_of)
-                .ok_or_else(|| anyhow::anyhow!("{name}: its groups are not whole blocks of 32 inputs")),
+            codes @ Codes::Groups { .. } => match &job.target.groups {
+                Some(groups) => groups.records(name, &codes, scratch),
+                None => Err(anyhow::anyhow!("{name}: it has no place for groups")),
+            },
         }
     };
     run.run(&mut one, &mut |state| progress(Progress::Layers(state)))
-}
-
-/// Rows of codes as blocks of `format`; `None` where a block of 32 would belong to more than one group.
-fn pack_groups(format: Format, codes: &[u8], scales: &[f32], zeros: &[u8], group_of: &[u32]) -> Option<Vec<u8>> {
-    let (cols, bytes) = (group_of.len(), format.block_bytes());
-    let rows = codes.len().checked_div(cols)?;
-    let groups = scales.len().checked_div(rows)?;
-    let whole = cols.is_multiple_of(32) && group_of.chunks(32).all(|part| part.iter().all(|g| *g == part[0]));
-    if !whole {
-        return None;
-    }
-    let mut packed = vec![0; codes.len() / 32 * bytes];
-    for (i, (codes, block)) in codes.as_chunks::<32>().0.iter().zip(packed.chunks_exact_mut(bytes)).enumerate() {
-        let (row, block_of_row) = (i / (cols / 32), i % (cols / 32));
-        let group = row * groups + group_of[block_of_row * 32] as usize;
-        grid::put(format, codes, zeros[group].into(), scales[group], block);
-    }
-    Some(packed)
 }
 
 /// What `plan` has for each linear layer of `model` that is for GPTQ.
@@ -184,7 +178,7 @@ pub fn targets(model: &Model, plan: &Plan) -> HashMap<usize, Target> {
             Source::Tensor { rows, .. } => rows.clone(),
             Source::Parts { .. } | Source::Data(_) => return None,
         };
-        Some((linear.id, Target { name, format: planned.format, rows }))
+        Some((linear.id, Target { name, format: planned.format, groups: None, rows }))
     };
     linears.filter_map(target).collect()
 }

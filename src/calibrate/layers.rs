@@ -10,6 +10,7 @@
 //! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
 
 use super::capture::{Capture, Observer};
+use super::groups::Groups;
 use super::text;
 use crate::engine::cpu::{Activations, CpuBackend};
 use crate::quantize::scratch::Scratch;
@@ -40,10 +41,22 @@ const SLICE: usize = 32 << 20;
 pub struct Target {
     /// Its name in the output, under which its bytes are kept.
     pub name: String,
-    /// The format of its weights.
+    /// The format of its weights; where they are in groups, that of the source and of no account.
     pub format: Format,
+    /// Integer codes in groups instead of a block format.
+    pub groups: Option<Groups>,
     /// Row `i` of the output is row `rows[i]` of the source; as they stand where `None`.
     pub rows: Option<Vec<u32>>,
+}
+
+impl Target {
+    /// The weight that `data`, as it is kept, stands for, in the order of its rows; `None` where it is not whole rows.
+    fn weight(&self, cols: usize, data: Bytes, scratch: &Scratch) -> Result<Option<Weight>> {
+        match &self.groups {
+            Some(groups) => groups.weight(&self.name, cols, &data, scratch).map(Some),
+            None => Ok(self.format.row_bytes(cols).and_then(|b| Weight::new(self.format, data.len() / b, cols, data))),
+        }
+    }
 }
 
 /// Rows of a linear layer to quantize.
@@ -284,13 +297,11 @@ impl Run<'_> {
         let Some(data) = self.scratch.get(&target.name)? else { return Ok(false) };
         let Some(linear) = self.model.linears_mut().find(|l| l.id == id) else { return Ok(false) };
         let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
-        let Some(stored) = Weight::new(target.format, rows, cols, data) else {
-            bail!(
-                "{} in {} has another size than it should: delete the folder",
-                target.name,
-                self.scratch.dir().display()
-            );
+        let wrong = || {
+            let place = self.scratch.dir().display();
+            format!("{} in {place} has another size than it should: delete the folder", target.name)
         };
+        let stored = target.weight(cols, data, self.scratch)?.filter(|w| w.rows() == rows).with_context(wrong)?;
         linear.replacement = Some(match &target.rows {
             None => stored,
             Some(order) => {
@@ -339,12 +350,14 @@ impl Run<'_> {
             work.quantized(part.len(), cols);
         }
         let wrong = || format!("the quantizer gave {} bytes for {}", packed.len(), target.name);
-        let source = Weight::new(target.format, rows, cols, Bytes::new(packed.clone())).with_context(wrong)?;
+        let source = target.weight(cols, Bytes::new(packed.clone()), self.scratch)?;
+        let source = source.filter(|w| w.rows() == rows).with_context(wrong)?;
         match &target.rows {
             None => self.scratch.put(&target.name, &packed)?,
             Some(order) => {
-                let order: Vec<usize> = order.iter().map(|&r| r as usize).collect();
-                self.scratch.put(&target.name, source.with_rows(&order).data())?;
+                let bytes = packed.len() / rows;
+                let ordered = order.iter().flat_map(|&r| packed[r as usize * bytes..][..bytes].iter().copied());
+                self.scratch.put(&target.name, &ordered.collect::<Vec<u8>>())?;
             }
         }
         if let Some(linear) = self.model.linears_mut().find(|l| l.id == id) {

@@ -4,6 +4,7 @@
 pub mod capture;
 pub mod compare;
 pub mod gptq;
+pub mod groups;
 pub mod imatrix;
 pub mod layers;
 pub mod sensitivity;

@@ -198,19 +198,37 @@ const TYPES: &[(&str, sys::llama_ftype)] = &[
     ("MXFP4", sys::LLAMA_FTYPE_MOSTLY_MXFP4_MOE),
 ];
 
-/// Rewrites a GGUF file in another type, also from an already quantized one.
-pub fn quantize(input: &Path, output: &Path, kind: &str, threads: usize) -> Result<()> {
+/// Rewrites a GGUF file in another type, also from an already quantized one; `importance` is how much each column of the
+/// named tensors counts.
+pub fn quantize(
+    input: &Path,
+    output: &Path,
+    kind: &str,
+    importance: Option<&[(CString, Vec<f32>)]>,
+    threads: usize,
+) -> Result<()> {
     let Some(&(_, ftype)) = TYPES.iter().find(|(name, _)| name.eq_ignore_ascii_case(kind)) else {
         let known: Vec<&str> = TYPES.iter().map(|t| t.0).collect();
         return Err(format!("unknown type {kind}: one of {}", known.join(", ")));
     };
     let (from, to) = (c_string(input)?, c_string(output)?);
-    // SAFETY: the names end in zero bytes and outlive the call; the parameters start from the defaults.
+    let entry = |(name, data): &(CString, Vec<f32>)| sys::llama_model_imatrix_data {
+        name: name.as_ptr(),
+        data: data.as_ptr(),
+        size: data.len(),
+    };
+    let end = sys::llama_model_imatrix_data { name: ptr::null(), data: ptr::null(), size: 0 };
+    let entries: Vec<_> = importance.unwrap_or_default().iter().map(entry).chain([end]).collect();
+    // SAFETY: the names end in zero bytes and outlive the call, as do the entries, whose list ends in one without a name;
+    // the parameters start from the defaults.
     let status = unsafe {
         let mut params = sys::llama_model_quantize_default_params();
         params.ftype = ftype;
         params.nthread = i32::try_from(threads).map_err(|_| "too many threads".to_owned())?;
         params.allow_requantize = true;
+        if importance.is_some() {
+            params.imatrix = entries.as_ptr();
+        }
         sys::llama_model_quantize(from.as_ptr(), to.as_ptr(), &params)
     };
     if status == 0 { Ok(()) } else { Err(format!("{}: llama.cpp cannot quantize this file", input.display())) }

@@ -1,6 +1,7 @@
 //! llama.cpp behind a few of Rushlight's own commands, so that both can be timed and compared on the same file.
 //! Results are JSON on standard output, in the shape of Rushlight's `--json`.
 
+mod imatrix;
 mod llama;
 
 use std::fmt::Write as _;
@@ -14,7 +15,7 @@ use llama::{Context, FlashAttention, Model, Result, Token};
 
 const USAGE: &str = "usage:
   rushlight-peer bench MODEL [--threads N] [-p 512] [-n 128] [--depth 0] [-r 5] [--flash-attn auto|on|off]
-  rushlight-peer quantize IN OUT --type Q4_K_M [--threads N]
+  rushlight-peer quantize IN OUT --type Q4_K_M [--imatrix FILE.dat] [--threads N]
   rushlight-peer logits MODEL --ids 1,2,3 [--all] [--greedy N] [--threads N] [--flash-attn auto|on|off]
   rushlight-peer perplexity MODEL -f FILE [--chunks N] [--ctx 512] [--threads N] [--flash-attn auto|on|off]
   rushlight-peer tokenize MODEL -f FILE [--no-bos] [--parse-special]
@@ -79,9 +80,10 @@ fn dispatch(args: &mut Arguments) -> Answer<String> {
         }
         "quantize" => {
             let kind = args.required("--type")?;
+            let importance = args.value("--imatrix")?.map(|file| imatrix::read(Path::new(&file))).transpose()?;
             let (input, output) = (args.path("IN")?, args.path("OUT")?);
             args.finish()?;
-            llama::quantize(&input, &output, &kind, threads)?;
+            llama::quantize(&input, &output, &kind, importance.as_deref(), threads)?;
             Ok(format!("{{\"bytes\":{}}}", std::fs::metadata(&output).map_or(0, |m| m.len())))
         }
         "logits" => {

@@ -223,6 +223,12 @@ impl Checkpoint {
         }
     }
 
+    /// Whether the tensor called `name` is packed anew from what another tool has quantized (GPTQ, AWQ, bitsandbytes).
+    /// Those tools multiply by floats: activations that meet it are rounded finely.
+    pub fn is_repacked(&self, name: &str) -> bool {
+        self.position(name).is_some_and(|i| matches!(self.data[i], Stored::Packed(_)))
+    }
+
     /// Gives back the memory that the mapped bytes of the tensor called `name` take, if any: see [`Bytes::release`].
     pub fn release(&self, name: &str) {
         if let Some(Stored::Mapped(data)) = self.position(name).map(|i| &self.data[i]) {

@@ -11,6 +11,7 @@ mod charsmap;
 mod dir;
 mod export;
 mod gguf;
+mod huggingface;
 mod json;
 mod places;
 mod pre;
@@ -23,6 +24,7 @@ mod vocabulary;
 mod words;
 
 pub(crate) use export::export;
+pub(crate) use huggingface::files;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, RenderOptions};
 

@@ -20,6 +20,9 @@ pub struct GptqOptions {
     pub search: bool,
     /// For groups: scales are rounded to f16, as files store them.
     pub half_scales: bool,
+    /// For groups: keep to those that follow the order of visits (`group_of` is the same for all rows of equal Hessians),
+    /// where a variant makes such.
+    pub ordered_groups: bool,
 }
 
 impl Default for GptqOptions {
@@ -31,6 +34,7 @@ impl Default for GptqOptions {
             sweeps: 2,
             search: true,
             half_scales: true,
+            ordered_groups: false,
         }
     }
 }
@@ -165,6 +169,10 @@ pub fn gptq(
         last = Some((plan.order, variant.damping.max(0.0) * mean, factor));
     }
     drop((last, weighted));
+    if options.ordered_groups && families.len() > 1 {
+        // The first is that of rounding, whose groups are neighbours.
+        families.remove(0);
+    }
 
     let best = families
         .into_iter()

@@ -17,6 +17,7 @@ mod pack;
 #[cfg(test)]
 mod reference;
 mod refine;
+mod round;
 mod search;
 mod solution;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use grid::Grid;
 pub use hessian::Hessian;
 pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
+pub use round::round_groups;
 use std::sync::OnceLock;
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.

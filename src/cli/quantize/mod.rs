@@ -50,13 +50,22 @@ pub struct Args {
     output: Option<PathBuf>,
     /// F32 F16 BF16 Q8_0 Q6_K Q5_1 Q5_0 Q5_K_M Q5_K_S Q4_1 Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS MXFP4_MOE Q3_K_L Q3_K_M
     /// Q3_K_S Q2_K Q2_K_S. Default: Q4_K_M, or for a GPTQ, AWQ or LLM.int8 checkpoint the type that keeps its codes,
-    /// with embedding and output matrix in Q8_0. int4, int8 (by GPTQ, as GPTQModel and transformers load it) and nf4 (as
-    /// bitsandbytes does) make a Hugging Face directory of one
+    /// with embedding and output matrix in Q8_0. int2, int3, int4, int8 (by GPTQ, as GPTQModel and transformers load it)
+    /// and nf4 (as bitsandbytes does) make a Hugging Face directory
     #[arg(short, long = "type", value_name = "TYPE", value_parser = Type::parse)]
     target: Option<Type>,
-    /// For int4 and int8: inputs that share a scale, or -1 for whole rows
-    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1 << 20))]
-    group_size: i64,
+    /// For int2 to int8: inputs that share a scale, or -1 for whole rows. Default: 128
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1 << 20))]
+    group_size: Option<i64>,
+    /// For int2 to int8: groups have a zero point of their own (and a directory of GPTQ's second version)
+    #[arg(long, conflicts_with = "sym")]
+    asym: bool,
+    /// For int2 to int8: codes lie evenly around zero. The default
+    #[arg(long)]
+    sym: bool,
+    /// For int2 to int8: columns go into groups in the order in which GPTQ visits them, those that matter most first
+    #[arg(long, visible_alias = "desc-act")]
+    act_order: bool,
     /// Choose a format for each tensor, so that the file takes at most SIZE, such as 3.5GB, and loses the least: what the
     /// rounding of each tensor does to the model's predictions is measured first
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["target", "bpw", "pure"])]
@@ -70,6 +79,8 @@ pub struct Args {
         long,
         value_enum,
         default_value = "rtn",
+        default_value_if("target", "int2", "gptq"),
+        default_value_if("target", "int3", "gptq"),
         default_value_if("target", "int4", "gptq"),
         default_value_if("target", "int8", "gptq")
     )]
@@ -131,7 +142,7 @@ impl Type {
     fn parse(name: &str) -> Result<Type, String> {
         match Weights::parse(name) {
             Some(weights) => Ok(Type::Directory(weights)),
-            None => Target::parse(name).map(Type::Gguf).map_err(|e| format!("{e} int8 int4 nf4")),
+            None => Target::parse(name).map(Type::Gguf).map_err(|e| format!("{e} int8 int4 int3 int2 nf4")),
         }
     }
 }
@@ -147,6 +158,15 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         Some(Type::Gguf(target)) => Some(target),
         None => None,
     };
+    let integers = [
+        ("--group-size", args.group_size.is_some()),
+        ("--asym", args.asym),
+        ("--sym", args.sym),
+        ("--act-order", args.act_order),
+    ];
+    if let Some((option, _)) = integers.iter().find(|(_, given)| *given) {
+        return Err(Usage(format!("{option} is for the types int2, int3, int4 and int8")).into());
+    }
     let imatrix =
         args.imatrix.as_deref().map(|path| Ok::<_, anyhow::Error>((path, Imatrix::read(path)?))).transpose()?;
     let given = imatrix.as_ref().map(|(path, imatrix)| GivenImatrix { path, imatrix });
@@ -239,20 +259,21 @@ fn calibrated(
 ) -> Result<Scratch> {
     let formats: Vec<String> = plan.tensors.iter().map(|t| format!("{} {}", t.source.name, t.format)).collect();
     let fingerprint = Fingerprint::default().with("type", plan.target.name).with("formats", hash(formats.join("\n")));
-    with_gptq(args, global, fingerprint, checkpoint, output, memory, stop, &mut |tokenizer, scratch, options, at| {
-        gptq::quantize(checkpoint, tokenizer, plan, scratch, options, at)
-    })
+    let run: &mut RunGptq<'_> =
+        &mut |tokenizer, scratch, options, at| gptq::quantize(checkpoint, tokenizer, plan, scratch, options, at);
+    with_gptq(args, global, fingerprint, GptqOptions::default(), checkpoint, output, memory, stop, run)
 }
 
 /// What runs GPTQ once all that it needs is at hand.
 type RunGptq<'a> =
     dyn FnMut(&Tokenizer, &Scratch, &gptq::Options<'_>, &mut dyn FnMut(gptq::Progress)) -> Result<()> + 'a;
 
-/// Has `run` fill the scratch folder of `output`, which may hold what an earlier run of the same `fingerprint` finished.
+/// Has `run` fill the scratch folder of `output` by GPTQ with the settings `gptq`. It may hold what an earlier run of the same `fingerprint` finished.
 fn with_gptq(
     args: &Args,
     global: &Global,
     fingerprint: Fingerprint,
+    gptq: GptqOptions,
     checkpoint: &Checkpoint,
     output: &Path,
     memory: u64,
@@ -266,7 +287,7 @@ fn with_gptq(
         threads: args.threads.map(NonZeroUsize::get),
         memory,
         stop,
-        gptq: GptqOptions::default(),
+        gptq,
     };
     let tokenizer = tokenizer(checkpoint)?;
     options.check(&tokenizer)?;

@@ -1,5 +1,5 @@
+use super::original::Original;
 use crate::checkpoint::safetensors::{Entry, Writer};
-use crate::checkpoint::{Checkpoint, Kind};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::io::Write;
@@ -108,14 +108,8 @@ pub(super) struct Kept {
 
 impl Kept {
     /// Everything but the weights of `layers`.
-    pub fn of(source: &Checkpoint, layers: &[String]) -> Result<Kept> {
-        let error = |what: String| Error::file(source.path(), what);
-        let Kind::HuggingFace { config, .. } = source.kind() else {
-            return Err(error("only a Hugging Face directory can become one of quantized weights".into()));
-        };
-        if config.get("quantization_config").is_some_and(|v| !v.is_null()) {
-            return Err(error("its weights are quantized already: use the original checkpoint".into()));
-        }
+    pub fn of(source: &Original<'_>, layers: &[String]) -> Result<Kept> {
+        let error = |what: String| Error::file(source.checkpoint().path(), what);
         if let Some(name) = layers.iter().find(|name| source.find(&format!("{name}.weight")).is_none()) {
             return Err(error(format!("it has no tensor '{name}.weight' to be quantized")));
         }
@@ -128,7 +122,7 @@ impl Kept {
         tensors.sort_by_key(|t| std::cmp::Reverse(element(t)));
         let linears = tensors.iter().filter(|t| t.shape.len() == 2 && t.name.contains(".layers."));
         let linears = linears.filter_map(|t| Some(t.name.strip_suffix(".weight")?.to_owned())).collect();
-        Ok(Kept { config: config.clone(), widest, tensors, linears })
+        Ok(Kept { config: source.config().clone(), widest, tensors, linears })
     }
 }
 
@@ -143,7 +137,7 @@ pub(super) fn element(entry: &Entry) -> usize {
 }
 
 /// Copies tensors of `source`.
-pub(super) fn copy(source: &Checkpoint, tensors: &[Entry], writer: &mut Writer) -> Result<()> {
+pub(super) fn copy(source: &Original<'_>, tensors: &[Entry], writer: &mut Writer) -> Result<()> {
     for Entry { name, .. } in tensors {
         match source.raw_tensors().iter().find(|t| &t.name == name) {
             Some(raw) => writer.write(name, &raw.data)?,
@@ -154,9 +148,9 @@ pub(super) fn copy(source: &Checkpoint, tensors: &[Entry], writer: &mut Writer) 
 }
 
 /// The two dimensions of the weight of `layer`.
-pub(super) fn shape(source: &Checkpoint, layer: &str) -> Result<(usize, usize)> {
+pub(super) fn shape(source: &Original<'_>, layer: &str) -> Result<(usize, usize)> {
     match source.find(&format!("{layer}.weight")).map(|info| &info.shape[..]) {
         Some(&[rows, cols]) if rows > 0 && cols > 0 => Ok((rows, cols)),
-        _ => Err(Error::file(source.path(), format!("tensor '{layer}.weight' is not a matrix"))),
+        _ => Err(Error::file(source.checkpoint().path(), format!("tensor '{layer}.weight' is not a matrix"))),
     }
 }

@@ -1,7 +1,7 @@
 //! GPTQ directories as GPTQModel and transformers load them.
 
 use super::directory::{Directory, Kept, copy, shape};
-use crate::checkpoint::Checkpoint;
+use super::original::Original;
 use crate::checkpoint::safetensors::{Entry, Writer};
 use crate::{Error, Result};
 use rushlight_quant::formats::f32_to_f16;
@@ -32,6 +32,20 @@ pub struct GptqGrid {
     pub version: GptqVersion,
 }
 
+impl GptqGrid {
+    /// Groups of a row of `cols` inputs; the last may be shorter.
+    pub fn groups(&self, cols: usize) -> usize {
+        cols.div_ceil(self.group.unwrap_or(cols).max(1))
+    }
+
+    /// Whether a layer of this size can be packed: inputs and outputs must fill whole 32-bit words, which three bits do
+    /// only 32 at a time.
+    pub fn holds(&self, rows: usize, cols: usize) -> bool {
+        let run = if self.bits == 3 { 32 } else { 32 / self.bits.max(1) as usize };
+        rows.is_multiple_of(run) && cols.is_multiple_of(run)
+    }
+}
+
 /// A quantized linear layer: weight `[o, i]` is `scales[o, g] * (codes[o, i] - zeros[o, g])` with `g = g_idx[i]`.
 #[derive(Clone, Copy, Debug)]
 pub struct GptqLayer<'a> {
@@ -48,7 +62,7 @@ pub struct GptqLayer<'a> {
 /// Writes a directory layer by layer. It appears under its name only when it is whole; a writer dropped before that
 /// leaves nothing.
 pub struct GptqWriter<'a> {
-    source: &'a Checkpoint,
+    source: &'a Original<'a>,
     grid: GptqGrid,
     directory: Directory,
     kept: Kept,
@@ -61,9 +75,13 @@ impl<'a> GptqWriter<'a> {
     /// quantized. They follow in this order, each by [`GptqWriter::layer`].
     ///
     /// # Errors
-    /// When `source` is no directory of float weights, or the packing cannot hold a layer: inputs and outputs must fill
-    /// whole 32-bit words, and groups must divide the inputs.
-    pub fn create(source: &'a Checkpoint, target: &Path, layers: &[String], grid: GptqGrid) -> Result<GptqWriter<'a>> {
+    /// When the packing cannot hold a layer (see [`GptqGrid::holds`]), or a file cannot be written.
+    pub fn create(
+        source: &'a Original<'a>,
+        target: &Path,
+        layers: &[String],
+        grid: GptqGrid,
+    ) -> Result<GptqWriter<'a>> {
         let GptqGrid { bits, group, .. } = grid;
         let error = |what: String| Error::file(target, format!("cannot be written: {what}"));
         if !matches!(bits, 2 | 3 | 4 | 8) || group == Some(0) {
@@ -73,15 +91,12 @@ impl<'a> GptqWriter<'a> {
         let mut entries = kept.widest.clone();
         for name in layers {
             let (rows, cols) = shape(source, name)?;
-            // Three bits fill whole words only 32 at a time.
-            let run = if bits == 3 { 32 } else { 32 / bits as usize };
-            if !rows.is_multiple_of(run) || !cols.is_multiple_of(run) || !cols.is_multiple_of(group.unwrap_or(cols)) {
-                let group = group.map_or("of a whole row".into(), |group| group.to_string());
+            if !grid.holds(rows, cols) {
                 return Err(error(format!(
-                    "layer '{name}' is [{rows}, {cols}], which GPTQ's packing of {bits} bits in groups {group} cannot hold"
+                    "layer '{name}' is [{rows}, {cols}], which GPTQ's packing of {bits} bits cannot hold"
                 )));
             }
-            let groups = cols / group.unwrap_or(cols);
+            let groups = grid.groups(cols);
             let words = |n: usize| n / 32 * bits as usize + n % 32 * bits as usize / 32;
             let mut entry = |part: &str, dtype: &str, shape: &[usize]| {
                 let (name, dtype, shape) = (format!("{name}.{part}"), dtype.to_owned(), shape.to_vec());
@@ -119,7 +134,7 @@ impl<'a> GptqWriter<'a> {
         let GptqWriter { source, grid, directory, mut kept, mut weights, head } = self;
         copy(source, &kept.tensors, &mut weights)?;
         weights.finish()?;
-        directory.copy_companions(source.path())?;
+        source.companions(&directory)?;
         let description = describe(&grid, &kept.linears, head);
         directory.json("quantize_config.json", &description)?;
         kept.config["quantization_config"] = description;
@@ -155,7 +170,7 @@ fn describe(grid: &GptqGrid, floats: &[String], head: bool) -> Value {
 fn pack(grid: &GptqGrid, rows: usize, cols: usize, layer: &GptqLayer<'_>) -> Result<[Vec<u8>; 4], String> {
     let GptqLayer { codes, scales, zeros, g_idx } = *layer;
     let bits = grid.bits as usize;
-    let groups = cols / grid.group.unwrap_or(cols);
+    let groups = grid.groups(cols);
     if codes.len() != rows * cols || g_idx.len() != cols || [scales.len(), zeros.len()] != [rows * groups; 2] {
         return Err(format!(
             "{} codes, {} scales, {} zero points and {} inputs are not those of [{rows}, {cols}] in {groups} groups",

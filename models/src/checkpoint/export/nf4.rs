@@ -1,9 +1,10 @@
 //! NF4 directories as transformers loads them with bitsandbytes.
 
 use super::directory::{Directory, Kept, copy, element, shape};
+use super::original::Original;
+use crate::checkpoint::Tensor;
 use crate::checkpoint::prequantized::in_parallel;
 use crate::checkpoint::safetensors::{Entry, Writer};
-use crate::checkpoint::{Checkpoint, Tensor};
 use crate::{Error, Result};
 use rushlight_quant::formats::nf4::{self, BLOCK, NESTED_BLOCK};
 use rushlight_quant::formats::{Format, NF4, TableFormat};
@@ -26,10 +27,10 @@ const ROWS: usize = BLOCK;
 /// under its name only when it is whole.
 ///
 /// # Errors
-/// When `source` is no directory of float weights, one of `layers` holds numbers that are not finite, or a file cannot be
+/// When one of `layers` holds numbers that are not finite, or a file cannot be
 /// written.
 pub fn write_nf4(
-    source: &Checkpoint,
+    source: &Original<'_>,
     target: &Path,
     layers: &[String],
     options: Nf4Options,
@@ -53,7 +54,8 @@ pub fn write_nf4(
     for name in layers {
         let (rows, cols) = shape(source, name)?;
         let tensor = source.tensor(&format!("{name}.weight"))?;
-        let (codes, absmax) = encode(&tensor, rows, cols).map_err(|what| Error::file(source.path(), what))?;
+        let (codes, absmax) =
+            encode(&tensor, rows, cols).map_err(|what| Error::file(source.checkpoint().path(), what))?;
         let entries = layer_entries(name, (rows, cols), options);
         for (entry, data) in entries.into_iter().zip(layer_data(&tensor, (rows, cols), codes, &absmax, options)) {
             match even(&entry) {
@@ -70,7 +72,7 @@ pub fn write_nf4(
         }
     }
     weights.finish()?;
-    directory.copy_companions(source.path())?;
+    source.companions(&directory)?;
     kept.config["quantization_config"] = describe(&kept, options);
     directory.json("config.json", &kept.config)?;
     directory.commit()
