@@ -1,6 +1,6 @@
 //! Hugging Face directories of floats, written anew from another one with other weights.
 
-use super::directory::{Directory, copy, element};
+use super::directory::{Directory, element};
 use crate::checkpoint::safetensors::{Entry, Writer};
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::{Error, Result};
@@ -47,7 +47,7 @@ impl<'a> FloatWriter<'a> {
         let entries: Vec<Entry> = first.iter().cloned().chain(floats).chain(last.iter().cloned()).collect();
         let directory = Directory::create(target)?;
         let mut weights = Writer::create(&directory.file("model.safetensors"), &entries)?;
-        copy(source, &first, &mut weights)?;
+        copy_raw(source, &first, &mut weights)?;
         Ok(FloatWriter { source, directory, weights, config, last })
     }
 
@@ -59,10 +59,20 @@ impl<'a> FloatWriter<'a> {
     /// Writes the rest and gives the directory its name.
     pub fn finish(self) -> Result<()> {
         let FloatWriter { source, directory, mut weights, config, last } = self;
-        copy(source, &last, &mut weights)?;
+        copy_raw(source, &last, &mut weights)?;
         weights.finish()?;
         directory.copy_companions(source.path())?;
         directory.json("config.json", &config)?;
         directory.commit()
     }
+}
+
+/// Copies tensors of other types than floats.
+fn copy_raw(source: &Checkpoint, tensors: &[Entry], weights: &mut Writer) -> Result<()> {
+    for Entry { name, .. } in tensors {
+        if let Some(raw) = source.raw_tensors().iter().find(|t| &t.name == name) {
+            weights.write(name, &raw.data)?;
+        }
+    }
+    Ok(())
 }
