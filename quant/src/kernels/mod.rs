@@ -12,6 +12,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx_vnni;
+#[cfg(target_arch = "x86_64")]
 mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod codes256;
@@ -41,7 +43,7 @@ pub use columns::{PackColumns, PackHalfColumns};
 pub enum Isa {
     /// Plain Rust: runs anywhere, and is what the others are checked against.
     Scalar,
-    /// x86-64 with AVX2, FMA and F16C (Haswell, Zen and later).
+    /// x86-64 with AVX2, FMA and F16C (Haswell, Zen and later); AVX-VNNI is used where the processor has it.
     Avx2,
     /// x86-64 with AVX-512 F/BW/DQ/VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
@@ -114,6 +116,8 @@ impl Isa {
     /// are given.
     pub(crate) fn kernels(self) -> Kernels {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 if avx_vnni::available() => avx_vnni::kernels(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 if self.available() => avx2::kernels(),
             #[cfg(target_arch = "x86_64")]

@@ -80,6 +80,14 @@ peak!(
     (_mm256_set1_epi8(3), _mm256_set1_epi8(2))
 );
 peak!(
+    int8_vnni_256,
+    "avx2,avxvnni",
+    _mm256_setzero_si256(),
+    32,
+    |acc, a, b| _mm256_dpbusd_avx_epi32(*acc, a, b),
+    (_mm256_set1_epi8(3), _mm256_set1_epi8(2))
+);
+peak!(
     f32_256,
     "avx2,fma",
     _mm256_setzero_ps(),
