@@ -57,12 +57,12 @@ fn rounded(format: Format, weights: &[f32], cols: usize) -> Vec<u8> {
 
 /// Rounds to nearest, and takes note of what went in: the sum of the squares of each column.
 fn round(seen: &mut HashMap<String, Vec<f64>>, job: &Job<'_>) -> Vec<u8> {
-    let held_out = job.held_out.unwrap();
-    assert!(held_out.rows() > 0 && job.hessian.rows() > 4 * held_out.rows());
+    let held_out = job.held_out.unwrap().hessian;
+    assert!(held_out.rows() > 0 && job.seen.hessian.rows() > 4 * held_out.rows());
     let sums = |h: &rushlight_quant::quantize::Hessian| -> Vec<f64> {
         h.diagonal().iter().map(|d| f64::from(*d) * h.rows() as f64 / 2.0).collect()
     };
-    let all = sums(job.hessian).iter().zip(sums(held_out)).map(|(a, b)| a + b).collect();
+    let all = sums(job.seen.hessian).iter().zip(sums(held_out)).map(|(a, b)| a + b).collect();
     seen.insert(job.target.name.clone(), all);
     rounded(job.target.format, job.weights, job.linear.weight.cols())
 }
@@ -148,7 +148,7 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
     let weighted = |job: &Job<'_>| {
         let cols = job.linear.weight.cols();
         let mut out = vec![0; job.rows.len() * job.target.format.row_bytes(cols).unwrap()];
-        encode(job.target.format, job.weights, cols, Some(&job.hessian.diagonal()), &mut out);
+        encode(job.target.format, job.weights, cols, Some(&job.seen.hessian.diagonal()), &mut out);
         out
     };
     let whole = scratch("whole");

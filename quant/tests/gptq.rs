@@ -92,25 +92,27 @@ fn every_grid_gains_and_says_what_it_gained_on_any_number_of_threads() {
     let (h, held) = (hessian(&cpu, cols, &x), hessian(&cpu, cols, &y));
     for grid in grids() {
         let options = GptqOptions::default();
-        let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
         assert!(q.objective < 0.8 * q.rounded, "{grid:?}: {} of {}", q.objective, q.rounded);
         let again = objective(&cpu, &h, &weights, &decoded(&q, grid, cols, weights.len()));
         assert!((again - q.objective).abs() < 1e-4 * again, "{grid:?}: {again}, said {}", q.objective);
         assert_eq!(q.methods.iter().map(|m| m.1).sum::<usize>(), rows);
         let plain = GptqOptions { sweeps: 0, ..options.clone() };
-        let unrefined = gptq(&cpu, &weights, rows, &h, None, grid, &plain).unwrap();
+        let unrefined = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &plain).unwrap();
         assert!(q.objective < unrefined.objective && q.refined > 0, "{grid:?}");
 
-        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
         let (gained, rounded) = q.held_out.unwrap();
         assert!(gained < 0.9 * rounded, "{grid:?}: {gained} of {rounded} held out");
         let again = objective(&cpu, &held, &weights, &decoded(&q, grid, cols, weights.len()));
         assert!((again - gained).abs() < 1e-4 * again, "{grid:?}: {again}, said {gained}");
-        let threaded = gptq(&Cpu::new(3, Isa::best()), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        let threaded =
+            gptq(&Cpu::new(3, Isa::best()), &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
         assert!(q == threaded, "{grid:?}: other bits on three threads");
         // The plain kernels round products and sums apart, where the others fuse them.
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available() && *isa != Isa::Scalar) {
-            let other = gptq(&Cpu::new(2, isa), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+            let other =
+                gptq(&Cpu::new(2, isa), &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
             assert!(q == other, "{grid:?}: other bits with {}", isa.name());
         }
     }
@@ -130,7 +132,7 @@ fn no_row_is_worse_than_rounded_where_calibration_misleads() {
     };
     for format in FORMATS {
         let grid = Grid::Blocks(format);
-        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &GptqOptions::default()).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &GptqOptions::default()).unwrap();
         let mut bytes = vec![0; format.row_bytes(weights.len()).unwrap()];
         encode(format, &weights, cols, None, &mut bytes);
         let mut rounded = vec![0f32; weights.len()];
@@ -140,7 +142,7 @@ fn no_row_is_worse_than_rounded_where_calibration_misleads() {
             assert!(a <= b * (1.0 + 1e-6), "{format} row {r}: {a}, rounded {b}");
         }
         // Judged by what it was fitted to, GPTQ believes that it gains.
-        let blind = gptq(&cpu, &weights, 20, &h, None, grid, &GptqOptions::default()).unwrap();
+        let blind = gptq(&cpu, &weights, 20, (&h).into(), None, grid, &GptqOptions::default()).unwrap();
         let (misled, careful) = (costs(&decoded(&blind, grid, cols, weights.len())), q.held_out.unwrap().0);
         assert!(misled.iter().sum::<f64>() > careful, "{format}");
     }
@@ -158,12 +160,12 @@ fn without_correlations_it_is_rounding() {
         for symmetric in [false, true] {
             let grid = Grid::Group { bits: 4, group, symmetric };
             let options = |variants| GptqOptions { variants, sweeps: 0, search: false, half_scales: true };
-            let rounded = gptq(&cpu, &weights, rows, &h, None, grid, &options(vec![])).unwrap();
+            let rounded = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options(vec![])).unwrap();
             for (order, fit) in
                 [(Order::Natural, Fit::Lazy), (Order::Falling, Fit::Static), (Order::FallingBlocks, Fit::Fresh)]
             {
                 let variants = vec![Variant { damping: 0.01, order, fit }];
-                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options(variants)).unwrap();
+                let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options(variants)).unwrap();
                 assert!(q.codes == rounded.codes, "{grid:?} {order:?} {fit:?}");
             }
         }
@@ -191,7 +193,7 @@ fn strange_numbers_are_quantized_too() {
             for damping in [0.0, 0.1] {
                 let mut options = GptqOptions::default();
                 options.variants.iter_mut().for_each(|v| v.damping = damping);
-                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+                let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
                 assert!(q.objective <= q.rounded, "{grid:?}");
                 assert!(decoded(&q, grid, cols, weights.len()).iter().all(|w| w.is_finite()), "{grid:?}");
             }
@@ -208,13 +210,13 @@ fn impossible_input_is_refused() {
     let options = GptqOptions::default();
     let q4_0 = Grid::Blocks(Format::Q4_0);
     let run = |weights: &[f32], rows, h: &Hessian, held: Option<&Hessian>, grid| {
-        gptq(&cpu, weights, rows, h, held, grid, &options).unwrap_err()
+        gptq(&cpu, weights, rows, h.into(), held.map(Into::into), grid, &options).unwrap_err()
     };
     let shape = |e: GptqError| assert!(matches!(e, GptqError::Shape(_)), "{e}");
     shape(run(&weights, 3, &h, None, q4_0));
     shape(run(&weights, usize::MAX, &h, None, q4_0));
     shape(run(&weights, rows, &Hessian::new(cols), None, q4_0));
-    shape(run(&weights, rows, &h, Some(&hessian(&cpu, 32, &x)), q4_0));
+    shape(run(&weights, rows, (&h).into(), Some(&hessian(&cpu, 32, &x)), q4_0));
     shape(run(&[], 0, &Hessian::new(0), None, q4_0));
     for grid in [
         Grid::Blocks(Format::F16),
@@ -222,12 +224,12 @@ fn impossible_input_is_refused() {
         Grid::Group { bits: 5, group: 32, symmetric: true },
         Grid::Group { bits: 4, group: 0, symmetric: true },
     ] {
-        assert!(matches!(run(&weights, rows, &h, None, grid), GptqError::Grid(_)));
+        assert!(matches!(run(&weights, rows, (&h).into(), None, grid), GptqError::Grid(_)));
     }
     for bad in [f32::NAN, f32::INFINITY] {
         let mut weights = weights.clone();
         weights[70] = bad;
-        assert!(matches!(run(&weights, rows, &h, None, q4_0), GptqError::NotFinite(_)));
+        assert!(matches!(run(&weights, rows, (&h).into(), None, q4_0), GptqError::NotFinite(_)));
         let mut x = x.clone();
         x[3] = bad;
         assert!(matches!(run(&weights[..cols], 1, &hessian(&cpu, cols, &x), None, q4_0), GptqError::NotFinite(_)));

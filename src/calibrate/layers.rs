@@ -6,6 +6,9 @@
 //! ("true-sequential": each step sees the errors of those before it). A last run gives the next layer's hidden states.
 //! Running anew is cheap: what was quantized is multiplied by the fast kernels, and nothing wide has to be kept.
 //!
+//! Beside them lie the hidden states of the unquantized model. They go through the same layers with the weights as they
+//! were, so that each step also sees what its outputs should be, and can make good part of what was lost before it.
+//!
 //! Every finished tensor and every finished layer's hidden states are in the scratch folder before the next begins: a
 //! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
 
@@ -19,8 +22,9 @@ use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
 use rushlight_models::decoder;
 use rushlight_models::model::{Linear, Model, Weight};
+use rushlight_models::spec::Branches;
 use rushlight_quant::formats::Format;
-use rushlight_quant::quantize::Hessian;
+use rushlight_quant::quantize::{Drift, Hessian, Seen};
 use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
 use std::io::Write;
@@ -56,10 +60,10 @@ pub struct Job<'a> {
     pub rows: Range<usize>,
     /// Their weights, `[rows, cols]`.
     pub weights: &'a [f32],
-    /// What goes into it.
-    pub hessian: &'a Hessian,
-    /// What goes into it in sequences that are not part of `hessian`; `None` where there are too few sequences.
-    pub held_out: Option<&'a Hessian>,
+    /// What goes into it, and what its outputs lack.
+    pub seen: Seen<'a>,
+    /// The same of sequences that are not part of `seen`; `None` where there are too few sequences.
+    pub held_out: Option<Seen<'a>>,
 }
 
 /// Chooses the packed rows for a [`Job`], in the order of its rows. The same job must give the same bytes.
@@ -104,6 +108,7 @@ impl Run<'_> {
         let chunks = chunks(self.sequences, self.rows(longest)?);
         let slots = chunks.iter().map(|c| c.len()).max().unwrap_or(1);
         let mut backend = text::backend(&self.model, self.threads, slots, longest, 1)?;
+        let original = self.model.clone();
         let mut work = Work::new(&self, progress);
         let layers = self.model.layers.len();
         let first = self.resume()?;
@@ -112,7 +117,7 @@ impl Run<'_> {
         }
         for i in first..layers {
             work.reach(i);
-            self.layer(&mut backend, &chunks, i, quantize, &mut work)?;
+            self.layer(&mut backend, &original, &chunks, i, quantize, &mut work)?;
         }
         work.reach(layers);
         self.head(&mut backend, &chunks, quantize, &mut work)?;
@@ -126,14 +131,16 @@ impl Run<'_> {
         // with their errors, codes and packed rows in several forms.
         let matrix = |l: &Linear| {
             let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
-            8 * cols * cols + 24 * (rows * cols).min(SLICE as u64) + 1024 * cols
+            // Drifts of it and of a neighbour in the same step.
+            let drifts = if l.id == self.model.head.id { 0 } else { 16 * rows * cols };
+            8 * cols * cols + drifts + 32 * (rows * cols).min(SLICE as u64) + 1024 * cols
         };
         let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
         let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
         // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
         let widest =
             linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
-        let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
+        let row = 48 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
         let rows = self.memory.saturating_sub(fixed) / row.max(1);
         if rows < longest as u64 {
             bail!(
@@ -147,6 +154,11 @@ impl Run<'_> {
     /// Where the hidden states before layer `i` lie.
     fn hidden(&self, i: usize) -> PathBuf {
         self.scratch.dir().join("state").join(format!("hidden-{i:04}"))
+    }
+
+    /// Where those of the unquantized model lie. Before the first layer both are the same.
+    fn original(&self, i: usize) -> PathBuf {
+        if i == 0 { self.hidden(0) } else { self.scratch.dir().join("state").join(format!("original-{i:04}")) }
     }
 
     /// The first layer that is not finished.
@@ -174,6 +186,7 @@ impl Run<'_> {
     fn layer(
         &mut self,
         backend: &mut CpuBackend,
+        original: &Model,
         chunks: &[Range<usize>],
         i: usize,
         quantize: &mut Quantize<'_>,
@@ -185,59 +198,88 @@ impl Run<'_> {
         for id in ids {
             self.take(id)?;
         }
-        let input = map(&self.hidden(i))?;
+        let (input, wanted) = (map(&self.hidden(i))?, map(&self.original(i))?);
         for step in 0.. {
-            let mut observer = Step::new(step, self.targets);
-            let mut out = AtomicFile::create(&self.hidden(i + 1))?;
-            let ended = self.pass(backend, chunks, i, &input, &mut observer, &mut out, work)?;
-            if !ended {
-                out.commit()?;
+            let mut observer = Step::new(step, self.targets, joined(&self.model, i));
+            if !self.step(backend, original, chunks, i, (&input, &wanted), &mut observer, work)? {
                 break;
             }
             for id in std::mem::take(&mut observer.ids) {
                 self.quantize(backend.cpu(), id, &observer, quantize, work)?;
             }
         }
-        drop(input);
+        // The unquantized states first: a run goes on where the others are.
+        for (model, input, path) in
+            [(original, &wanted, self.original(i + 1)), (&self.model, &input, self.hidden(i + 1))]
+        {
+            let (mut out, mut at) = (AtomicFile::create(&path)?, 0);
+            for chunk in chunks {
+                let (y, rows) = self.pass(backend, model, chunk, i, (input, &mut at), &mut ())?;
+                put(&mut out, &y.context("a pass that nothing ended has no end")?)?;
+                work.ran(work.steps() - 1, rows);
+            }
+            out.commit()?;
+        }
+        drop((input, wanted));
         for linear in self.model.linears_mut().filter(|l| l.layer == i) {
             linear.replacement = None;
         }
-        let path = self.hidden(i);
-        std::fs::remove_file(&path).with_context(|| path.display().to_string())
+        for path in [self.hidden(i), self.original(i)] {
+            if path.exists() {
+                std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+            }
+        }
+        Ok(())
     }
 
-    /// Runs all hidden states through layer `i`, or as far as `observer` lets them; whether it ended them.
-    fn pass(
+    /// Shows `observer` its step of layer `i`, of both models; whether there is such a step.
+    fn step(
         &self,
         backend: &mut CpuBackend,
+        original: &Model,
         chunks: &[Range<usize>],
         i: usize,
-        input: &Bytes,
+        (input, wanted): (&Bytes, &Bytes),
         observer: &mut Step<'_>,
-        out: &mut AtomicFile,
         work: &mut Work<'_>,
     ) -> Result<bool> {
-        let (mut at, mut ended) = (0, false);
+        let (mut at, mut at_wanted) = (0, 0);
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
-            let x = self.load(backend, input, &mut at, ids.len())?;
-            observer.begin(chunk.start, &sequences);
-            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
-            let mut capture = Capture::layerwise(backend, observer);
-            let y = capture.run(|b| {
-                b.begin(&self.model, &batch)?;
-                decoder::layer(&self.model, b, i, x)
-            })?;
-            match y {
-                Some(y) => put(out, &y)?,
-                None => ended = true,
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], Some(&self.model));
+            let (y, _) = self.pass(backend, original, chunk, i, (wanted, &mut at_wanted), observer)?;
+            if y.is_some() {
+                return Ok(false);
             }
             if observer.known {
                 break;
             }
-            work.ran(observer.step, ids.len());
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], None);
+            let (_, rows) = self.pass(backend, &self.model, chunk, i, (input, &mut at), observer)?;
+            work.ran(observer.step, 2 * rows);
         }
-        Ok(ended)
+        Ok(true)
+    }
+
+    /// Runs the next hidden states of `input` through layer `i` of `model`, or as far as `observer` lets them, and says
+    /// how many they are.
+    fn pass(
+        &self,
+        backend: &mut CpuBackend,
+        model: &Model,
+        chunk: &Range<usize>,
+        i: usize,
+        (input, at): (&Bytes, &mut usize),
+        observer: &mut impl Observer,
+    ) -> Result<(Option<Activations>, usize)> {
+        let (ids, sequences) = batch(model, &self.sequences[chunk.clone()]);
+        let x = self.load(backend, input, at, ids.len())?;
+        let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+        let mut capture = Capture::layerwise(backend, observer);
+        let y = capture.run(|b| {
+            b.begin(model, &batch)?;
+            decoder::layer(model, b, i, x)
+        })?;
+        Ok((y, ids.len()))
     }
 
     fn head(
@@ -252,12 +294,11 @@ impl Run<'_> {
             return Ok(());
         }
         let input = map(&self.hidden(self.model.layers.len()))?;
-        let mut observer = Step::new(0, self.targets);
+        let mut observer = Step::new(0, self.targets, Vec::new());
         let mut at = 0;
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
-            let x = self.load(backend, &input, &mut at, ids.len())?;
-            observer.begin(chunk.start, &sequences);
+            let x = self.load(backend, &input, &mut at, self.sequences[chunk.clone()].iter().map(Vec::len).sum())?;
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], None);
             Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
         }
         self.quantize(backend.cpu(), id, &observer, quantize, work)
@@ -312,8 +353,7 @@ impl Run<'_> {
         work: &mut Work<'_>,
     ) -> Result<()> {
         let Some(target) = self.targets.get(&id) else { return Ok(()) };
-        let (Some(linear), Some((hessian, held_out))) = (self.model.linears().find(|l| l.id == id), &observer.seen)
-        else {
+        let (Some(linear), Some((most, others))) = (self.model.linears().find(|l| l.id == id), &observer.inputs) else {
             return Ok(());
         };
         if linear.replacement.is_some() {
@@ -333,8 +373,11 @@ impl Run<'_> {
             if weights.iter().any(|w| !w.is_finite()) {
                 bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);
             }
-            let held_out = (held_out.rows() > 0).then_some(held_out);
-            let job = Job { linear, target, rows: part.clone(), weights: &weights, hessian, held_out };
+            let drifts = observer.drifts.get(&id);
+            let seen = Seen { hessian: most, drift: drifts.map(|(drift, _)| (drift, start)) };
+            let held_out = Seen { hessian: others, drift: drifts.map(|(_, drift)| (drift, start)) };
+            let held_out = (others.rows() > 0).then_some(held_out);
+            let job = Job { linear, target, rows: part.clone(), weights: &weights, seen, held_out };
             packed.extend(quantize(cpu, &job)?);
             work.quantized(part.len(), cols);
         }
@@ -382,39 +425,105 @@ fn put(out: &mut AtomicFile, x: &[f32]) -> Result<()> {
     out.write_all(&bytes).with_context(|| out.target().display().to_string())
 }
 
-/// Collects what goes into the linear layers of one step of a layer, and ends the pass there.
+/// The linear layers of layer `i` whose products are added to the residual stream as they are: what the stream itself
+/// lacks can be made good there.
+fn joined(model: &Model, i: usize) -> Vec<usize> {
+    let (spec, layer) = (&model.spec, &model.layers[i]);
+    let mut ids = Vec::new();
+    if spec.branches != Branches::Sequential || spec.residual_scale != 1.0 {
+        return ids;
+    }
+    if layer.attention_post_norm.is_none() {
+        ids.push(layer.o.id);
+    }
+    if let (Some(mlp), None, None) = (&layer.mlp, &layer.experts, &layer.mlp_post_norm) {
+        ids.push(mlp.down.id);
+    }
+    ids
+}
+
+/// Collects what goes into the linear layers of one step of a layer, and what comes out, and ends the pass there.
 struct Step<'a> {
     /// Which call for products it waits for.
     step: usize,
     targets: &'a HashMap<usize, Target>,
+    /// See [`joined`].
+    joined: Vec<usize>,
     /// Calls seen in this chunk.
     calls: usize,
     /// Number of the chunk's first sequence.
     first: usize,
     /// The chunk's sequences as rows.
     rows: Vec<Range<usize>>,
+    /// The linear layers that are quantized already, while the unquantized model is at work.
+    done: Option<Vec<usize>>,
     /// The linear layers of the step.
     ids: Vec<usize>,
     /// What goes into them: most sequences, and those that are held out.
-    seen: Option<(Hessian, Hessian)>,
+    inputs: Option<(Hessian, Hessian)>,
+    /// What comes out of the unquantized model for this chunk, for each of them.
+    outputs: Vec<Vec<f32>>,
+    /// What the outputs lack, likewise.
+    drifts: HashMap<usize, (Drift, Drift)>,
+    /// Inputs of a product that is about to be added to the stream.
+    waiting: Option<Vec<f32>>,
     /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
     known: bool,
 }
 
 impl<'a> Step<'a> {
-    fn new(step: usize, targets: &'a HashMap<usize, Target>) -> Self {
-        Step { step, targets, calls: 0, first: 0, rows: Vec::new(), ids: Vec::new(), seen: None, known: false }
+    fn new(step: usize, targets: &'a HashMap<usize, Target>, joined: Vec<usize>) -> Self {
+        Step {
+            step,
+            targets,
+            joined,
+            calls: 0,
+            first: 0,
+            rows: Vec::new(),
+            done: None,
+            ids: Vec::new(),
+            inputs: None,
+            outputs: Vec::new(),
+            drifts: HashMap::new(),
+            waiting: None,
+            known: false,
+        }
     }
 
-    fn begin(&mut self, first: usize, sequences: &[Sequence]) {
+    /// A chunk of `sequences` is next; through the unquantized model where `quantized` is the other one.
+    fn begin(&mut self, first: usize, sequences: &[Vec<u32>], quantized: Option<&Model>) {
         (self.calls, self.first) = (0, first);
+        self.done = quantized.map(|m| m.linears().filter(|l| l.replacement.is_some()).map(|l| l.id).collect());
         let mut end = 0;
-        let range = |s: &Sequence| {
-            end += s.len;
-            end - s.len..end
+        let range = |s: &Vec<u32>| {
+            end += s.len();
+            end - s.len()..end
         };
         self.rows = sequences.iter().map(range).collect();
     }
+
+    /// Adds what the outputs `ys` of the layers lack beside their inputs.
+    fn drift(&mut self, cpu: &Cpu, x: &[f32], ys: &[&[f32]]) {
+        let n = self.rows.last().map_or(0, |rows| rows.end);
+        for ((id, wanted), y) in self.ids.iter().zip(&mut self.outputs).zip(ys) {
+            if !self.targets.contains_key(id) {
+                continue;
+            }
+            wanted.iter_mut().zip(*y).for_each(|(w, y)| *w -= y);
+            let (height, cols) = (y.len() / n, x.len() / n);
+            let (most, others) =
+                self.drifts.entry(*id).or_insert_with(|| (Drift::new(height, cols), Drift::new(height, cols)));
+            for (i, rows) in self.rows.iter().enumerate() {
+                let into = if is_held_out(self.first + i) { &mut *others } else { &mut *most };
+                into.add(cpu, &wanted[rows.start * height..rows.end * height], &x[rows.start * cols..rows.end * cols]);
+            }
+        }
+    }
+}
+
+/// Whether sequence `i` judges what the others brought about.
+fn is_held_out(i: usize) -> bool {
+    i % HELD_OUT == HELD_OUT - 1
 }
 
 impl Observer for Step<'_> {
@@ -424,15 +533,43 @@ impl Observer for Step<'_> {
             return ControlFlow::Continue(());
         }
         self.ids = layers.iter().map(|l| l.id).collect();
-        self.known = layers.iter().all(|l| l.replacement.is_some() || !self.targets.contains_key(&l.id));
-        if self.known {
-            return ControlFlow::Break(());
+        if let Some(done) = &self.done {
+            self.known = layers.iter().all(|l| done.contains(&l.id) || !self.targets.contains_key(&l.id));
+            return if self.known { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         }
         let cols = x.len() / x.rows();
-        let (hessian, held_out) = self.seen.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
+        let (hessian, held_out) = self.inputs.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
         for (i, rows) in self.rows.iter().enumerate() {
-            let into = if (self.first + i) % HELD_OUT == HELD_OUT - 1 { &mut *held_out } else { &mut *hessian };
+            let into = if is_held_out(self.first + i) { &mut *held_out } else { &mut *hessian };
             into.add(cpu, &x[rows.start * cols..rows.end * cols]);
+        }
+        // The head comes without the other model's outputs: it makes nothing good.
+        if self.outputs.is_empty() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
+    fn output(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
+        if self.calls <= self.step {
+            return ControlFlow::Continue(());
+        }
+        if let ([layer], [_]) = (layers, ys)
+            && self.joined.contains(&layer.id)
+        {
+            self.waiting = Some(x.to_vec());
+            return ControlFlow::Continue(());
+        }
+        let ys: Vec<&[f32]> = ys.iter().map(|y| &y[..]).collect();
+        match self.done {
+            Some(_) => self.outputs = ys.iter().map(|y| y.to_vec()).collect(),
+            None => self.drift(cpu, x, &ys),
+        }
+        ControlFlow::Break(())
+    }
+
+    fn sum(&mut self, cpu: &Cpu, sum: &Activations) -> ControlFlow<()> {
+        let Some(x) = self.waiting.take() else { return ControlFlow::Continue(()) };
+        match self.done {
+            Some(_) => self.outputs = vec![sum.to_vec()],
+            None => self.drift(cpu, &x, &[sum]),
         }
         ControlFlow::Break(())
     }
@@ -480,13 +617,19 @@ impl<'a> Work<'a> {
         if !run.model.spec.tied_head {
             parts.push(part(&[vec![&run.model.head]]));
         }
-        let total = parts.iter().map(|(steps, weights)| steps.iter().sum::<u64>() * tokens + weights).sum();
+        // Each token goes through both models.
+        let total = parts.iter().map(|(steps, weights)| 2 * steps.iter().sum::<u64>() * tokens + weights).sum();
         Work { progress, tokens, parts, state: State { done: 0, total, layer: 0 }, done: 0 }
+    }
+
+    /// Runs through the present layer, the whole one among them.
+    fn steps(&self) -> usize {
+        self.parts.get(self.state.layer).map_or(1, |p| p.0.len())
     }
 
     /// All before `layer` is done.
     fn reach(&mut self, layer: usize) {
-        let cost = |(steps, weights): &(Vec<u64>, u64)| steps.iter().sum::<u64>() * self.tokens + weights;
+        let cost = |(steps, weights): &(Vec<u64>, u64)| 2 * steps.iter().sum::<u64>() * self.tokens + weights;
         self.done = self.parts.iter().take(layer).map(cost).sum();
         self.state.layer = layer;
         self.tell();
