@@ -2,7 +2,7 @@
 
 use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::{
-    Codes, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Variant, encode, gptq,
+    Codes, Drift, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Seen, Variant, encode, gptq,
 };
 use rushlight_quant::{Cpu, Isa};
 
@@ -233,5 +233,85 @@ fn impossible_input_is_refused() {
         let mut x = x.clone();
         x[3] = bad;
         assert!(matches!(run(&weights[..cols], 1, &hessian(&cpu, cols, &x), None, q4_0), GptqError::NotFinite(_)));
+    }
+}
+
+/// Outputs that lack what `lost` (`[rows, cols]`) gives on `x`, and something random.
+fn lacking(x: &[f32], lost: &[f32], cols: usize, noise: f32) -> Vec<f32> {
+    let mut random = Random(77);
+    let output = |x: &[f32], row: &[f32]| x.iter().zip(row).map(|(x, w)| x * w).sum::<f32>();
+    x.chunks(cols)
+        .flat_map(|x| lost.chunks(cols).map(move |row| output(x, row)))
+        .map(|y| y + noise * random.next())
+        .collect()
+}
+
+#[test]
+fn what_was_lost_before_is_made_good_where_that_can_be_told_from_chance() {
+    let (rows, cols) = (40, 256);
+    let (weights, x, y) = layer(rows, cols, 8);
+    let lost: Vec<f32> = layer(rows, cols, 9).0.iter().map(|w| 0.3 * w).collect();
+    let cpu = Cpu::new(2, Isa::best());
+    let (h, held) = (hessian(&cpu, cols, &x), hessian(&cpu, cols, &y));
+    let drift = |cpu: &Cpu, x: &[f32], t: &[f32]| {
+        let mut drift = Drift::new(rows, cols);
+        let half = x.len() / cols / 2;
+        drift.add(cpu, &t[..half * rows], &x[..half * cols]);
+        drift.add(cpu, &t[half * rows..], &x[half * cols..]);
+        drift
+    };
+    /// Twice the mean squared error of the outputs, by the activations themselves.
+    fn error(x: &[f32], t: &[f32], weights: &[f32], decoded: &[f32], cols: usize) -> f64 {
+        let (mut sum, n) = (0.0, x.len() / cols);
+        let errors: Vec<f32> = decoded.iter().zip(weights).map(|(a, b)| a - b).collect();
+        for (x, t) in x.chunks(cols).zip(t.chunks(weights.len() / cols)) {
+            for (t, e) in t.iter().zip(errors.chunks(cols)) {
+                let y: f64 = x.iter().zip(e).map(|(x, e)| f64::from(*x) * f64::from(*e)).sum();
+                sum += (f64::from(*t) - y).powi(2);
+            }
+        }
+        2.0 * sum / n as f64
+    }
+    for grid in
+        [Grid::Blocks(Format::Q4_0), Grid::Blocks(Format::Q3_K), Grid::Group { bits: 3, group: 128, symmetric: true }]
+    {
+        let (t, u) = (lacking(&x, &lost, cols, 0.01), lacking(&y, &lost, cols, 0.01));
+        let (most, others) = (drift(&cpu, &x, &t), drift(&cpu, &y, &u));
+        let want: f64 = t.iter().map(|t| f64::from(*t).powi(2)).sum::<f64>() * cols as f64 / x.len() as f64;
+        let got: f64 = most.mean_squares().iter().sum();
+        assert!((got - want).abs() < 1e-5 * want, "{got} {want}");
+        let seen = Seen { hessian: &h, drift: Some((&most, 0)) };
+        let judge = Seen { hessian: &held, drift: Some((&others, 0)) };
+        let options = GptqOptions::default();
+        let q = gptq(&cpu, &weights, rows, seen, Some(judge), grid, &options).unwrap();
+        let (gained, rounded) = q.held_out.unwrap();
+        let codes = decoded(&q, grid, cols, weights.len());
+        let again = error(&y, &u, &weights, &codes, cols);
+        assert!((again - gained).abs() < 1e-3 * again, "{grid:?}: {again}, said {gained}");
+        let again = error(&x, &t, &weights, &codes, cols);
+        assert!((again - q.objective).abs() < 1e-3 * again, "{grid:?}: {again}, said {}", q.objective);
+        let blind = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
+        let blind = error(&y, &u, &weights, &decoded(&blind, grid, cols, weights.len()), cols);
+        assert!(gained < 0.6 * blind && gained < 0.6 * rounded, "{grid:?}: {gained}, blind {blind}, rounded {rounded}");
+
+        // Any number of threads, and some of the rows alone: the same bits.
+        let three = Cpu::new(3, Isa::best());
+        assert!(q == gptq(&three, &weights, rows, seen, Some(judge), grid, &options).unwrap());
+        let again = drift(&three, &x, &t);
+        assert_eq!(again.mean_squares(), most.mean_squares());
+        let seen = Seen { hessian: &h, drift: Some((&again, 0)) };
+        assert!(q == gptq(&three, &weights, rows, seen, Some(judge), grid, &options).unwrap());
+
+        // Where the others lack the very opposite, nothing is moved.
+        let against: Vec<f32> = u.iter().map(|u| -u).collect();
+        let against = drift(&cpu, &y, &against);
+        let judge = Seen { hessian: &held, drift: Some((&against, 0)) };
+        let q = gptq(&cpu, &weights, rows, seen, Some(judge), grid, &options).unwrap();
+        let (gained, rounded) = q.held_out.unwrap();
+        assert!(gained <= rounded, "{grid:?}: {gained} of {rounded}");
+
+        let seen = Seen { hessian: &h, drift: Some((&most, 1)) };
+        let error = gptq(&cpu, &weights, rows, seen, None, grid, &options).unwrap_err();
+        assert!(matches!(error, GptqError::Shape(_)), "{error}");
     }
 }

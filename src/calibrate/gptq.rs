@@ -56,7 +56,7 @@ impl Options<'_> {
         // Activations are rounded differently with each instruction set.
         fingerprint
             .with("calibration", format!("{hash}{own}"))
-            .with("gptq", format!("{:?}", self.gptq))
+            .with("gptq", format!("beside the original, {:?}", self.gptq))
             .with("instructions", isa)
     }
 }

@@ -13,7 +13,9 @@
 //! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
 
 use super::capture::{Capture, Observer};
+use super::step::{Step, joined};
 use super::text;
+use super::work::Work;
 use crate::engine::cpu::{Activations, CpuBackend};
 use crate::quantize::scratch::Scratch;
 use crate::quantize::write::Stopped;
@@ -22,20 +24,17 @@ use rushlight_models::backend::{Backend, Batch, Sequence};
 use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
 use rushlight_models::decoder;
 use rushlight_models::model::{Linear, Model, Weight};
-use rushlight_models::spec::Branches;
 use rushlight_quant::formats::Format;
-use rushlight_quant::quantize::{Drift, Hessian, Seen};
+use rushlight_quant::quantize::Seen;
 use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
 use std::io::Write;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows that go through a layer together, unless memory is short.
 const CHUNK: usize = 2048;
-/// One sequence in so many judges what the others brought about.
-const HELD_OUT: usize = 8;
 /// Weights that are quantized in one call: what is taken at once as f32, 128 MB, and what a run can lose.
 const SLICE: usize = 32 << 20;
 
@@ -121,6 +120,7 @@ impl Run<'_> {
         }
         work.reach(layers);
         self.head(&mut backend, &chunks, quantize, &mut work)?;
+        work.finish();
         Ok(())
     }
 
@@ -423,232 +423,4 @@ fn batch(model: &Model, sequences: &[Vec<u32>]) -> (Vec<u32>, Vec<Sequence>) {
 fn put(out: &mut AtomicFile, x: &[f32]) -> Result<()> {
     let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
     out.write_all(&bytes).with_context(|| out.target().display().to_string())
-}
-
-/// The linear layers of layer `i` whose products are added to the residual stream as they are: what the stream itself
-/// lacks can be made good there.
-fn joined(model: &Model, i: usize) -> Vec<usize> {
-    let (spec, layer) = (&model.spec, &model.layers[i]);
-    let mut ids = Vec::new();
-    if spec.branches != Branches::Sequential || spec.residual_scale != 1.0 {
-        return ids;
-    }
-    if layer.attention_post_norm.is_none() {
-        ids.push(layer.o.id);
-    }
-    if let (Some(mlp), None, None) = (&layer.mlp, &layer.experts, &layer.mlp_post_norm) {
-        ids.push(mlp.down.id);
-    }
-    ids
-}
-
-/// Collects what goes into the linear layers of one step of a layer, and what comes out, and ends the pass there.
-struct Step<'a> {
-    /// Which call for products it waits for.
-    step: usize,
-    targets: &'a HashMap<usize, Target>,
-    /// See [`joined`].
-    joined: Vec<usize>,
-    /// Calls seen in this chunk.
-    calls: usize,
-    /// Number of the chunk's first sequence.
-    first: usize,
-    /// The chunk's sequences as rows.
-    rows: Vec<Range<usize>>,
-    /// The linear layers that are quantized already, while the unquantized model is at work.
-    done: Option<Vec<usize>>,
-    /// The linear layers of the step.
-    ids: Vec<usize>,
-    /// What goes into them: most sequences, and those that are held out.
-    inputs: Option<(Hessian, Hessian)>,
-    /// What comes out of the unquantized model for this chunk, for each of them.
-    outputs: Vec<Vec<f32>>,
-    /// What the outputs lack, likewise.
-    drifts: HashMap<usize, (Drift, Drift)>,
-    /// Inputs of a product that is about to be added to the stream.
-    waiting: Option<Vec<f32>>,
-    /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
-    known: bool,
-}
-
-impl<'a> Step<'a> {
-    fn new(step: usize, targets: &'a HashMap<usize, Target>, joined: Vec<usize>) -> Self {
-        Step {
-            step,
-            targets,
-            joined,
-            calls: 0,
-            first: 0,
-            rows: Vec::new(),
-            done: None,
-            ids: Vec::new(),
-            inputs: None,
-            outputs: Vec::new(),
-            drifts: HashMap::new(),
-            waiting: None,
-            known: false,
-        }
-    }
-
-    /// A chunk of `sequences` is next; through the unquantized model where `quantized` is the other one.
-    fn begin(&mut self, first: usize, sequences: &[Vec<u32>], quantized: Option<&Model>) {
-        (self.calls, self.first) = (0, first);
-        self.done = quantized.map(|m| m.linears().filter(|l| l.replacement.is_some()).map(|l| l.id).collect());
-        let mut end = 0;
-        let range = |s: &Vec<u32>| {
-            end += s.len();
-            end - s.len()..end
-        };
-        self.rows = sequences.iter().map(range).collect();
-    }
-
-    /// Adds what the outputs `ys` of the layers lack beside their inputs.
-    fn drift(&mut self, cpu: &Cpu, x: &[f32], ys: &[&[f32]]) {
-        let n = self.rows.last().map_or(0, |rows| rows.end);
-        for ((id, wanted), y) in self.ids.iter().zip(&mut self.outputs).zip(ys) {
-            if !self.targets.contains_key(id) {
-                continue;
-            }
-            wanted.iter_mut().zip(*y).for_each(|(w, y)| *w -= y);
-            let (height, cols) = (y.len() / n, x.len() / n);
-            let (most, others) =
-                self.drifts.entry(*id).or_insert_with(|| (Drift::new(height, cols), Drift::new(height, cols)));
-            for (i, rows) in self.rows.iter().enumerate() {
-                let into = if is_held_out(self.first + i) { &mut *others } else { &mut *most };
-                into.add(cpu, &wanted[rows.start * height..rows.end * height], &x[rows.start * cols..rows.end * cols]);
-            }
-        }
-    }
-}
-
-/// Whether sequence `i` judges what the others brought about.
-fn is_held_out(i: usize) -> bool {
-    i % HELD_OUT == HELD_OUT - 1
-}
-
-impl Observer for Step<'_> {
-    fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()> {
-        self.calls += 1;
-        if self.calls <= self.step {
-            return ControlFlow::Continue(());
-        }
-        self.ids = layers.iter().map(|l| l.id).collect();
-        if let Some(done) = &self.done {
-            self.known = layers.iter().all(|l| done.contains(&l.id) || !self.targets.contains_key(&l.id));
-            return if self.known { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        }
-        let cols = x.len() / x.rows();
-        let (hessian, held_out) = self.inputs.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
-        for (i, rows) in self.rows.iter().enumerate() {
-            let into = if is_held_out(self.first + i) { &mut *held_out } else { &mut *hessian };
-            into.add(cpu, &x[rows.start * cols..rows.end * cols]);
-        }
-        // The head comes without the other model's outputs: it makes nothing good.
-        if self.outputs.is_empty() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
-
-    fn output(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
-        if self.calls <= self.step {
-            return ControlFlow::Continue(());
-        }
-        if let ([layer], [_]) = (layers, ys)
-            && self.joined.contains(&layer.id)
-        {
-            self.waiting = Some(x.to_vec());
-            return ControlFlow::Continue(());
-        }
-        let ys: Vec<&[f32]> = ys.iter().map(|y| &y[..]).collect();
-        match self.done {
-            Some(_) => self.outputs = ys.iter().map(|y| y.to_vec()).collect(),
-            None => self.drift(cpu, x, &ys),
-        }
-        ControlFlow::Break(())
-    }
-
-    fn sum(&mut self, cpu: &Cpu, sum: &Activations) -> ControlFlow<()> {
-        let Some(x) = self.waiting.take() else { return ControlFlow::Continue(()) };
-        match self.done {
-            Some(_) => self.outputs = vec![sum.to_vec()],
-            None => self.drift(cpu, &x, &[sum]),
-        }
-        ControlFlow::Break(())
-    }
-}
-
-/// Counts the work, so that the time left can be told: in products of two numbers, by what each kind costs.
-struct Work<'a> {
-    progress: &'a mut dyn FnMut(State),
-    tokens: u64,
-    /// For each layer, and then the head, what a token costs in each step's run, and what the weights cost.
-    parts: Vec<(Vec<u64>, u64)>,
-    state: State,
-    /// In products.
-    done: u64,
-}
-
-impl<'a> Work<'a> {
-    fn new(run: &Run<'_>, progress: &'a mut dyn FnMut(State)) -> Self {
-        let tokens = run.sequences.iter().map(|s| s.len() as u64).sum();
-        let part = |steps: &[Vec<&Linear>]| {
-            let (mut costs, mut forward, mut weights) = (Vec::new(), 0, 0);
-            for linears in steps {
-                let cols = linears[0].weight.cols() as u64;
-                let wanted = linears.iter().filter(|l| run.targets.contains_key(&l.id));
-                let rows: u64 = wanted.map(|l| l.weight.rows() as u64).sum();
-                // The Hessian is symmetric: half of it.
-                costs.push(forward + if rows > 0 { cols * cols / 2 } else { 0 });
-                weights += rows * cols * cols + if rows > 0 { cols.pow(3) } else { 0 };
-                // The kernels for packed weights are about twice as fast as those for f32.
-                forward += linears.iter().map(|l| l.weight.rows() as u64 * cols / 2).sum::<u64>();
-            }
-            costs.push(forward);
-            (costs, weights)
-        };
-        let mut parts: Vec<_> = (run.model.layers.iter())
-            .map(|l| {
-                let mut steps = vec![vec![&l.q, &l.k, &l.v], vec![&l.o]];
-                if let Some(mlp) = &l.mlp {
-                    steps.push(mlp.gate.iter().chain([&mlp.up]).collect());
-                    steps.push(vec![&mlp.down]);
-                }
-                part(&steps)
-            })
-            .collect();
-        if !run.model.spec.tied_head {
-            parts.push(part(&[vec![&run.model.head]]));
-        }
-        // Each token goes through both models.
-        let total = parts.iter().map(|(steps, weights)| 2 * steps.iter().sum::<u64>() * tokens + weights).sum();
-        Work { progress, tokens, parts, state: State { done: 0, total, layer: 0 }, done: 0 }
-    }
-
-    /// Runs through the present layer, the whole one among them.
-    fn steps(&self) -> usize {
-        self.parts.get(self.state.layer).map_or(1, |p| p.0.len())
-    }
-
-    /// All before `layer` is done.
-    fn reach(&mut self, layer: usize) {
-        let cost = |(steps, weights): &(Vec<u64>, u64)| 2 * steps.iter().sum::<u64>() * self.tokens + weights;
-        self.done = self.parts.iter().take(layer).map(cost).sum();
-        self.state.layer = layer;
-        self.tell();
-    }
-
-    /// `rows` more tokens have gone through the layer as far as `step`.
-    fn ran(&mut self, step: usize, rows: usize) {
-        let steps = self.parts.get(self.state.layer).map(|p| &p.0[..]);
-        self.done += steps.and_then(|s| s.get(step)).map_or(0, |cost| cost * rows as u64);
-        self.tell();
-    }
-
-    fn quantized(&mut self, rows: usize, cols: usize) {
-        self.done += (rows * cols * cols) as u64;
-        self.tell();
-    }
-
-    fn tell(&mut self) {
-        self.state.done = self.done.min(self.state.total);
-        (self.progress)(self.state);
-    }
 }

@@ -7,4 +7,6 @@ pub mod gptq;
 pub mod imatrix;
 pub mod layers;
 pub mod sensitivity;
+mod step;
 pub mod text;
+mod work;

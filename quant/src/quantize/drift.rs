@@ -93,6 +93,11 @@ impl Drift {
         }
     }
 
+    /// The mean square of what each output lacks.
+    pub fn mean_squares(&self) -> Vec<f64> {
+        self.squares.iter().map(|s| s * self.scale() / 2.0).collect()
+    }
+
     fn scale(&self) -> f64 {
         if self.samples == 0 { 0.0 } else { 2.0 / self.samples as f64 }
     }
