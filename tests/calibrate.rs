@@ -2,18 +2,24 @@
 
 mod chat_model;
 
+use rushlight::calibrate::capture::{Capture, Observer};
 use rushlight::calibrate::layers::{Job, Run, Target};
 use rushlight::calibrate::text::{self, Own};
 use rushlight::calibrate::{imatrix, layers};
 use rushlight::engine::Engine;
+use rushlight::engine::cpu::Activations;
 use rushlight::quantize::scratch::{Fingerprint, Scratch};
+use rushlight_models::backend::{Batch, Sequence};
 use rushlight_models::checkpoint::{Bytes, Checkpoint};
-use rushlight_models::model::{Linear, Model, Weight};
+use rushlight_models::decoder;
+use rushlight_models::families::Role;
+use rushlight_models::model::{Layer, Linear, Model, Weight};
 use rushlight_models::tokenizer::Tokenizer;
-use rushlight_quant::Cpu;
 use rushlight_quant::formats::Format;
-use rushlight_quant::quantize::encode;
+use rushlight_quant::quantize::{Drift, encode};
+use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -57,12 +63,12 @@ fn rounded(format: Format, weights: &[f32], cols: usize) -> Vec<u8> {
 
 /// Rounds to nearest, and takes note of what went in: the sum of the squares of each column.
 fn round(seen: &mut HashMap<String, Vec<f64>>, job: &Job<'_>) -> Vec<u8> {
-    let held_out = job.held_out.unwrap();
-    assert!(held_out.rows() > 0 && job.hessian.rows() > 4 * held_out.rows());
+    let held_out = job.held_out.unwrap().hessian;
+    assert!(held_out.rows() > 0 && job.seen.hessian.rows() > 4 * held_out.rows());
     let sums = |h: &rushlight_quant::quantize::Hessian| -> Vec<f64> {
         h.diagonal().iter().map(|d| f64::from(*d) * h.rows() as f64 / 2.0).collect()
     };
-    let all = sums(job.hessian).iter().zip(sums(held_out)).map(|(a, b)| a + b).collect();
+    let all = sums(job.seen.hessian).iter().zip(sums(held_out)).map(|(a, b)| a + b).collect();
     seen.insert(job.target.name.clone(), all);
     rounded(job.target.format, job.weights, job.linear.weight.cols())
 }
@@ -139,6 +145,93 @@ fn every_step_sees_the_quantized_ones_before_it() {
     }
 }
 
+/// The outputs of one linear layer, or the sums that they are added in.
+struct Outputs {
+    id: usize,
+    sum: bool,
+    found: bool,
+    values: Vec<f32>,
+}
+
+impl Observer for Outputs {
+    fn input(&mut self, _: &Cpu, _: &Activations, _: &[&Linear]) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn output(&mut self, _: &Cpu, _: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
+        if let Some(i) = layers.iter().position(|l| l.id == self.id) {
+            self.found = self.sum;
+            self.values.extend(ys[i].iter().filter(|_| !self.sum));
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn sum(&mut self, _: &Cpu, sum: &Activations) -> ControlFlow<()> {
+        if std::mem::take(&mut self.found) {
+            self.values.extend(sum.iter());
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn every_step_sees_what_its_outputs_lack() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, _) = tiny(&dir.path().join("tiny"));
+    let scratch = Scratch::open(&dir.path().join("out"), &Fingerprint::default()).unwrap();
+    let mut lacking: HashMap<String, f64> = HashMap::new();
+    let mut others = 0.0;
+    run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| {
+        let sum = |drift: &Drift| drift.mean_squares().iter().sum::<f64>();
+        if let (Some((drift, 0)), Some((held_out, 0))) = (job.seen.drift, job.held_out.unwrap().drift) {
+            let (n, m) = (job.seen.hessian.rows() as f64, job.held_out.unwrap().hessian.rows() as f64);
+            lacking.insert(job.target.name.clone(), (sum(drift) * n + sum(held_out) * m) / (n + m));
+            others += sum(held_out);
+        }
+        Ok(rounded(job.target.format, job.weights, job.linear.weight.cols()))
+    })
+    .unwrap();
+    assert!(others > 0.0);
+
+    let (targets, mut quantized) = (targets(&model), model.clone());
+    let ids = |l: &Layer| {
+        let mlp = l.mlp.as_ref().unwrap();
+        [(l.q.id, false), (l.o.id, true), (mlp.up.id, false), (mlp.down.id, true)]
+    };
+    let steps: Vec<(usize, bool)> = model.layers.iter().flat_map(ids).collect();
+    for (id, sum) in steps {
+        let outputs = |model: &Model| {
+            let mut observer = Outputs { id, sum, found: false, values: Vec::new() };
+            for ids in sequences() {
+                let mut backend = text::backend(model, Some(1), 1, 128, model.layers.len()).unwrap();
+                let sequence = Sequence { slot: 0, start: 0, len: ids.len(), outline: model.outline(&ids) };
+                let batch = Batch { ids: &ids, sequences: &[sequence], phase: Phase::Prompt };
+                let mut capture = Capture::new(&mut backend, &mut observer);
+                capture.run(|b| decoder::hidden(model, b, &batch)).unwrap().unwrap();
+            }
+            observer.values
+        };
+        let (wanted, got) = (outputs(&model), outputs(&quantized));
+        let squares = wanted.iter().zip(&got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let want = squares / sequences().concat().len() as f64;
+        let name = &targets[&id].name;
+        assert!((lacking[name] - want).abs() <= 1e-3 * want + 1e-12, "{name}: {} instead of {want}", lacking[name]);
+        // All layers of the step follow it.
+        let of = quantized.linears().find(|l| l.id == id).map(|l| (l.layer, l.role)).unwrap();
+        let step: &[Role] = match of.1 {
+            Role::Q => &[Role::Q, Role::K, Role::V],
+            Role::Up => &[Role::Gate, Role::Up],
+            ref role => std::slice::from_ref(role),
+        };
+        for linear in quantized.linears_mut().filter(|l| l.layer == of.0 && step.contains(&l.role)) {
+            let (r, cols, format) = (linear.weight.rows(), linear.weight.cols(), targets[&linear.id].format);
+            let packed = rounded(format, &floats(&linear.weight), cols);
+            linear.weight = Weight::new(format, r, cols, Bytes::new(packed)).unwrap();
+        }
+    }
+    assert!(!lacking.keys().any(|name| name.starts_with("Head")));
+}
+
 #[test]
 fn a_run_that_was_killed_goes_on_to_the_same_result() {
     let dir = tempfile::tempdir().unwrap();
@@ -148,7 +241,7 @@ fn a_run_that_was_killed_goes_on_to_the_same_result() {
     let weighted = |job: &Job<'_>| {
         let cols = job.linear.weight.cols();
         let mut out = vec![0; job.rows.len() * job.target.format.row_bytes(cols).unwrap()];
-        encode(job.target.format, job.weights, cols, Some(&job.hessian.diagonal()), &mut out);
+        encode(job.target.format, job.weights, cols, Some(&job.seen.hessian.diagonal()), &mut out);
         out
     };
     let whole = scratch("whole");

@@ -79,8 +79,8 @@ impl Weight {
     }
 
     /// The same matrix; whether generated tokens meet it with activations of 16 bits
-    /// ([`Matrix::with_fine_steps`]).
-    pub fn with_fine_steps(self, fine: bool) -> Weight {
+    /// ([`Matrix::with_fine_activations`]).
+    pub fn with_fine_activations(self, fine: bool) -> Weight {
         Weight { fine, ..self }
     }
 
@@ -108,7 +108,7 @@ impl Weight {
     /// What the kernels take: columns as they are stored.
     pub fn matrix(&self) -> Matrix<'_> {
         let matrix = Matrix::new(self.format, self.rows, self.cols, &self.data);
-        matrix.expect("the length was checked by `new`").with_fine_steps(self.fine)
+        matrix.expect("the length was checked by `new`").with_fine_activations(self.fine)
     }
 
     /// The rows `range`, in place; `None` where there are not so many.
@@ -753,7 +753,7 @@ impl<'a> Finder<'a> {
                 None => data,
             };
             let fine = self.checkpoint.is_repacked(&name);
-            let weight = Weight::new(info.format, rows, cols, data)?.with_fine_steps(fine);
+            let weight = Weight::new(info.format, rows, cols, data)?.with_fine_activations(fine);
             let weight = match self.checkpoint.column_order(&name) {
                 Some(order) => weight.with_order(order)?,
                 None => weight,

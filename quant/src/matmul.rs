@@ -67,9 +67,10 @@ impl<'a> Matrix<'a> {
         (bytes == data.len()).then_some(Matrix { format, rows, cols, data, fine: false })
     }
 
-    /// The same matrix, for which the activations of generated tokens are rounded to 16 bits instead of 8, as those of
-    /// prompts are: what it is multiplied with is then as good as its codes. Costs a second pass over codes in cache.
-    pub fn with_fine_steps(self, fine: bool) -> Self {
+    /// The same matrix, which meets activations of 16 bits on every machine, those of generated tokens (instead of 8) and
+    /// of prompts (instead of bf16): what it is multiplied with is then as good as its codes. Costs a second pass over
+    /// codes in cache.
+    pub fn with_fine_activations(self, fine: bool) -> Self {
         Matrix { fine: fine && self.format.is_coded(), ..self }
     }
 
@@ -243,6 +244,8 @@ impl Cpu {
                     self.few_rows(x, rounded.rows(cols), n, weights, &out);
                 }
                 (Phase::Prompt, half) => {
+                    // What asks to be met finely is not rounded to bf16.
+                    let half = half.filter(|_| !weights.iter().any(|w| w.fine));
                     match &half {
                         Some(half) if coded => rounded.round_half(self, half, x, n, cols),
                         None if coded => {
@@ -255,7 +258,7 @@ impl Cpu {
                         }
                         _ => {}
                     }
-                    self.many_rows(x, rounded, n, weights, &out);
+                    self.many_rows(x, rounded, n, weights, half, &out);
                 }
             }
         });
@@ -335,7 +338,15 @@ impl Cpu {
         });
     }
 
-    fn many_rows(&self, x: &[f32], rounded: &Rounded, n: usize, weights: &[Matrix<'_>], out: &[Disjoint<'_, f32>]) {
+    fn many_rows(
+        &self,
+        x: &[f32],
+        rounded: &Rounded,
+        n: usize,
+        weights: &[Matrix<'_>],
+        half: Option<HalfKernels>,
+        out: &[Disjoint<'_, f32>],
+    ) {
         /// Rows whose sums are held in the nearest cache until their used columns are copied out.
         const BLOCK: usize = 96;
         const WIDTH: usize = 2 * PANEL;
@@ -347,14 +358,14 @@ impl Cpu {
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
-                match self.half() {
+                match half {
                     _ if !w.format.is_coded() => panels.unpack_floats(self, w, &rows),
                     Some(half) => panels.unpack_half(&half, w, &rows),
                     None => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
-                    match self.half() {
+                    match half {
                         _ if !w.format.is_coded() => {
                             let shape = GemmShape {
                                 m: end - start,

@@ -2,7 +2,7 @@
 
 use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::{
-    Codes, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Variant, encode, gptq,
+    Codes, Drift, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Seen, Variant, encode, gptq,
 };
 use rushlight_quant::{Cpu, Isa};
 
@@ -92,25 +92,27 @@ fn every_grid_gains_and_says_what_it_gained_on_any_number_of_threads() {
     let (h, held) = (hessian(&cpu, cols, &x), hessian(&cpu, cols, &y));
     for grid in grids() {
         let options = GptqOptions::default();
-        let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
         assert!(q.objective < 0.8 * q.rounded, "{grid:?}: {} of {}", q.objective, q.rounded);
         let again = objective(&cpu, &h, &weights, &decoded(&q, grid, cols, weights.len()));
         assert!((again - q.objective).abs() < 1e-4 * again, "{grid:?}: {again}, said {}", q.objective);
         assert_eq!(q.methods.iter().map(|m| m.1).sum::<usize>(), rows);
         let plain = GptqOptions { sweeps: 0, ..options.clone() };
-        let unrefined = gptq(&cpu, &weights, rows, &h, None, grid, &plain).unwrap();
+        let unrefined = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &plain).unwrap();
         assert!(q.objective < unrefined.objective && q.refined > 0, "{grid:?}");
 
-        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
         let (gained, rounded) = q.held_out.unwrap();
         assert!(gained < 0.9 * rounded, "{grid:?}: {gained} of {rounded} held out");
         let again = objective(&cpu, &held, &weights, &decoded(&q, grid, cols, weights.len()));
         assert!((again - gained).abs() < 1e-4 * again, "{grid:?}: {again}, said {gained}");
-        let threaded = gptq(&Cpu::new(3, Isa::best()), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+        let threaded =
+            gptq(&Cpu::new(3, Isa::best()), &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
         assert!(q == threaded, "{grid:?}: other bits on three threads");
         // The plain kernels round products and sums apart, where the others fuse them.
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available() && *isa != Isa::Scalar) {
-            let other = gptq(&Cpu::new(2, isa), &weights, rows, &h, Some(&held), grid, &options).unwrap();
+            let other =
+                gptq(&Cpu::new(2, isa), &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
             assert!(q == other, "{grid:?}: other bits with {}", isa.name());
         }
     }
@@ -130,7 +132,7 @@ fn no_row_is_worse_than_rounded_where_calibration_misleads() {
     };
     for format in FORMATS {
         let grid = Grid::Blocks(format);
-        let q = gptq(&cpu, &weights, rows, &h, Some(&held), grid, &GptqOptions::default()).unwrap();
+        let q = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &GptqOptions::default()).unwrap();
         let mut bytes = vec![0; format.row_bytes(weights.len()).unwrap()];
         encode(format, &weights, cols, None, &mut bytes);
         let mut rounded = vec![0f32; weights.len()];
@@ -140,7 +142,7 @@ fn no_row_is_worse_than_rounded_where_calibration_misleads() {
             assert!(a <= b * (1.0 + 1e-6), "{format} row {r}: {a}, rounded {b}");
         }
         // Judged by what it was fitted to, GPTQ believes that it gains.
-        let blind = gptq(&cpu, &weights, 20, &h, None, grid, &GptqOptions::default()).unwrap();
+        let blind = gptq(&cpu, &weights, 20, (&h).into(), None, grid, &GptqOptions::default()).unwrap();
         let (misled, careful) = (costs(&decoded(&blind, grid, cols, weights.len())), q.held_out.unwrap().0);
         assert!(misled.iter().sum::<f64>() > careful, "{format}");
     }
@@ -159,12 +161,12 @@ fn without_correlations_it_is_rounding() {
             let grid = Grid::Group { bits: 4, group, symmetric };
             let options =
                 |variants| GptqOptions { variants, sweeps: 0, search: false, half_scales: true, ordered_groups: false };
-            let rounded = gptq(&cpu, &weights, rows, &h, None, grid, &options(vec![])).unwrap();
+            let rounded = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options(vec![])).unwrap();
             for (order, fit) in
                 [(Order::Natural, Fit::Lazy), (Order::Falling, Fit::Static), (Order::FallingBlocks, Fit::Fresh)]
             {
                 let variants = vec![Variant { damping: 0.01, order, fit }];
-                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options(variants)).unwrap();
+                let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options(variants)).unwrap();
                 assert!(q.codes == rounded.codes, "{grid:?} {order:?} {fit:?}");
             }
         }
@@ -192,7 +194,7 @@ fn strange_numbers_are_quantized_too() {
             for damping in [0.0, 0.1] {
                 let mut options = GptqOptions::default();
                 options.variants.iter_mut().for_each(|v| v.damping = damping);
-                let q = gptq(&cpu, &weights, rows, &h, None, grid, &options).unwrap();
+                let q = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
                 assert!(q.objective <= q.rounded, "{grid:?}");
                 assert!(decoded(&q, grid, cols, weights.len()).iter().all(|w| w.is_finite()), "{grid:?}");
             }
@@ -209,13 +211,13 @@ fn impossible_input_is_refused() {
     let options = GptqOptions::default();
     let q4_0 = Grid::Blocks(Format::Q4_0);
     let run = |weights: &[f32], rows, h: &Hessian, held: Option<&Hessian>, grid| {
-        gptq(&cpu, weights, rows, h, held, grid, &options).unwrap_err()
+        gptq(&cpu, weights, rows, h.into(), held.map(Into::into), grid, &options).unwrap_err()
     };
     let shape = |e: GptqError| assert!(matches!(e, GptqError::Shape(_)), "{e}");
     shape(run(&weights, 3, &h, None, q4_0));
     shape(run(&weights, usize::MAX, &h, None, q4_0));
     shape(run(&weights, rows, &Hessian::new(cols), None, q4_0));
-    shape(run(&weights, rows, &h, Some(&hessian(&cpu, 32, &x)), q4_0));
+    shape(run(&weights, rows, (&h).into(), Some(&hessian(&cpu, 32, &x)), q4_0));
     shape(run(&[], 0, &Hessian::new(0), None, q4_0));
     for grid in [
         Grid::Blocks(Format::F16),
@@ -223,14 +225,94 @@ fn impossible_input_is_refused() {
         Grid::Group { bits: 5, group: 32, symmetric: true },
         Grid::Group { bits: 4, group: 0, symmetric: true },
     ] {
-        assert!(matches!(run(&weights, rows, &h, None, grid), GptqError::Grid(_)));
+        assert!(matches!(run(&weights, rows, (&h).into(), None, grid), GptqError::Grid(_)));
     }
     for bad in [f32::NAN, f32::INFINITY] {
         let mut weights = weights.clone();
         weights[70] = bad;
-        assert!(matches!(run(&weights, rows, &h, None, q4_0), GptqError::NotFinite(_)));
+        assert!(matches!(run(&weights, rows, (&h).into(), None, q4_0), GptqError::NotFinite(_)));
         let mut x = x.clone();
         x[3] = bad;
         assert!(matches!(run(&weights[..cols], 1, &hessian(&cpu, cols, &x), None, q4_0), GptqError::NotFinite(_)));
+    }
+}
+
+/// Outputs that lack what `lost` (`[rows, cols]`) gives on `x`, and something random.
+fn lacking(x: &[f32], lost: &[f32], cols: usize, noise: f32) -> Vec<f32> {
+    let mut random = Random(77);
+    let output = |x: &[f32], row: &[f32]| x.iter().zip(row).map(|(x, w)| x * w).sum::<f32>();
+    x.chunks(cols)
+        .flat_map(|x| lost.chunks(cols).map(move |row| output(x, row)))
+        .map(|y| y + noise * random.next())
+        .collect()
+}
+
+#[test]
+fn what_was_lost_before_is_made_good_where_that_can_be_told_from_chance() {
+    let (rows, cols) = (40, 256);
+    let (weights, x, y) = layer(rows, cols, 8);
+    let lost: Vec<f32> = layer(rows, cols, 9).0.iter().map(|w| 0.3 * w).collect();
+    let cpu = Cpu::new(2, Isa::best());
+    let (h, held) = (hessian(&cpu, cols, &x), hessian(&cpu, cols, &y));
+    let drift = |cpu: &Cpu, x: &[f32], t: &[f32]| {
+        let mut drift = Drift::new(rows, cols);
+        let half = x.len() / cols / 2;
+        drift.add(cpu, &t[..half * rows], &x[..half * cols]);
+        drift.add(cpu, &t[half * rows..], &x[half * cols..]);
+        drift
+    };
+    /// Twice the mean squared error of the outputs, by the activations themselves.
+    fn error(x: &[f32], t: &[f32], weights: &[f32], decoded: &[f32], cols: usize) -> f64 {
+        let (mut sum, n) = (0.0, x.len() / cols);
+        let errors: Vec<f32> = decoded.iter().zip(weights).map(|(a, b)| a - b).collect();
+        for (x, t) in x.chunks(cols).zip(t.chunks(weights.len() / cols)) {
+            for (t, e) in t.iter().zip(errors.chunks(cols)) {
+                let y: f64 = x.iter().zip(e).map(|(x, e)| f64::from(*x) * f64::from(*e)).sum();
+                sum += (f64::from(*t) - y).powi(2);
+            }
+        }
+        2.0 * sum / n as f64
+    }
+    for grid in
+        [Grid::Blocks(Format::Q4_0), Grid::Blocks(Format::Q3_K), Grid::Group { bits: 3, group: 128, symmetric: true }]
+    {
+        let (t, u) = (lacking(&x, &lost, cols, 0.01), lacking(&y, &lost, cols, 0.01));
+        let (most, others) = (drift(&cpu, &x, &t), drift(&cpu, &y, &u));
+        let want: f64 = t.iter().map(|t| f64::from(*t).powi(2)).sum::<f64>() * cols as f64 / x.len() as f64;
+        let got: f64 = most.mean_squares().iter().sum();
+        assert!((got - want).abs() < 1e-5 * want, "{got} {want}");
+        let seen = Seen { hessian: &h, drift: Some((&most, 0)) };
+        let judge = Seen { hessian: &held, drift: Some((&others, 0)) };
+        let options = GptqOptions::default();
+        let q = gptq(&cpu, &weights, rows, seen, Some(judge), grid, &options).unwrap();
+        let (gained, rounded) = q.held_out.unwrap();
+        let codes = decoded(&q, grid, cols, weights.len());
+        let again = error(&y, &u, &weights, &codes, cols);
+        assert!((again - gained).abs() < 1e-3 * again, "{grid:?}: {again}, said {gained}");
+        let again = error(&x, &t, &weights, &codes, cols);
+        assert!((again - q.objective).abs() < 1e-3 * again, "{grid:?}: {again}, said {}", q.objective);
+        let blind = gptq(&cpu, &weights, rows, (&h).into(), Some((&held).into()), grid, &options).unwrap();
+        let blind = error(&y, &u, &weights, &decoded(&blind, grid, cols, weights.len()), cols);
+        assert!(gained < 0.6 * blind && gained < 0.6 * rounded, "{grid:?}: {gained}, blind {blind}, rounded {rounded}");
+
+        // Any number of threads, and some of the rows alone: the same bits.
+        let three = Cpu::new(3, Isa::best());
+        assert!(q == gptq(&three, &weights, rows, seen, Some(judge), grid, &options).unwrap());
+        let again = drift(&three, &x, &t);
+        assert_eq!(again.mean_squares(), most.mean_squares());
+        let seen = Seen { hessian: &h, drift: Some((&again, 0)) };
+        assert!(q == gptq(&three, &weights, rows, seen, Some(judge), grid, &options).unwrap());
+
+        // Where the others lack the very opposite, nothing is moved.
+        let against: Vec<f32> = u.iter().map(|u| -u).collect();
+        let against = drift(&cpu, &y, &against);
+        let judge = Seen { hessian: &held, drift: Some((&against, 0)) };
+        let q = gptq(&cpu, &weights, rows, seen, Some(judge), grid, &options).unwrap();
+        let (gained, rounded) = q.held_out.unwrap();
+        assert!(gained <= rounded, "{grid:?}: {gained} of {rounded}");
+
+        let seen = Seen { hessian: &h, drift: Some((&most, 1)) };
+        let error = gptq(&cpu, &weights, rows, seen, None, grid, &options).unwrap_err();
+        assert!(matches!(error, GptqError::Shape(_)), "{error}");
     }
 }

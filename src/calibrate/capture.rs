@@ -14,6 +14,18 @@ pub trait Observer {
     /// `x` is about to be multiplied by the weights of `layers`, which share it. `Break` ends the pass here: the
     /// products are not computed, nor what would follow.
     fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()>;
+
+    /// `ys` are the products of `x` and the weights of `layers`. `Break` ends the pass here.
+    fn output(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
+        let _ = (cpu, x, layers, ys);
+        ControlFlow::Continue(())
+    }
+
+    /// `sum` is the sum of two tensors, such as the residual stream and a branch. `Break` ends the pass here.
+    fn sum(&mut self, cpu: &Cpu, sum: &Activations) -> ControlFlow<()> {
+        let _ = (cpu, sum);
+        ControlFlow::Continue(())
+    }
 }
 
 /// Looks at nothing.
@@ -53,6 +65,16 @@ impl<'a, O: Observer> Capture<'a, O> {
         }
     }
 
+    /// An error that ends the pass where the observer wants that.
+    fn goes_on(&mut self, seen: ControlFlow<()>) -> Result<()> {
+        if seen.is_continue() {
+            return Ok(());
+        }
+        self.stopped = true;
+        // Only the way out of the decoder: `run` takes it back.
+        Err(Error::model("the pass was ended by its observer"))
+    }
+
     /// The backend behind.
     pub fn backend(&mut self) -> &mut CpuBackend {
         self.backend
@@ -71,12 +93,12 @@ impl<O: Observer> Backend for Capture<'_, O> {
     }
 
     fn linears<const N: usize>(&mut self, x: &Activations, layers: [&Linear; N]) -> Result<[Activations; N]> {
-        if self.observer.input(self.backend.cpu(), x, &layers).is_break() {
-            self.stopped = true;
-            // Only the way out of the decoder: `run` takes it back.
-            return Err(Error::model("the pass was ended by its observer"));
-        }
-        self.backend.linears(x, layers)
+        let seen = self.observer.input(self.backend.cpu(), x, &layers);
+        self.goes_on(seen)?;
+        let ys = self.backend.linears(x, layers)?;
+        let seen = self.observer.output(self.backend.cpu(), x, &layers, &ys);
+        self.goes_on(seen)?;
+        Ok(ys)
     }
 
     fn norm(&mut self, x: &Activations, width: usize, norm: &Norm, weights: &NormWeights) -> Result<Activations> {
@@ -136,7 +158,10 @@ impl<O: Observer> Backend for Capture<'_, O> {
     }
 
     fn add(&mut self, x: Activations, y: Activations) -> Result<Activations> {
-        self.backend.add(x, y)
+        let sum = self.backend.add(x, y)?;
+        let seen = self.observer.sum(self.backend.cpu(), &sum);
+        self.goes_on(seen)?;
+        Ok(sum)
     }
 
     fn scale(&mut self, x: Activations, by: f32) -> Result<Activations> {

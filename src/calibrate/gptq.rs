@@ -58,7 +58,7 @@ impl Options<'_> {
         // Activations are rounded differently with each instruction set.
         fingerprint
             .with("calibration", format!("{hash}{own}"))
-            .with("gptq", format!("{:?}", self.gptq))
+            .with("gptq", format!("beside the original, {:?}", self.gptq))
             .with("instructions", isa)
     }
 }
@@ -148,7 +148,7 @@ fn run(
     };
     let mut one = |cpu: &Cpu, job: &Job<'_>| {
         let (name, format) = (&job.target.name, job.target.format);
-        let done = gptq(cpu, job.weights, job.rows.len(), job.hessian, job.held_out, grid(format), &options.gptq)
+        let done = gptq(cpu, job.weights, job.rows.len(), job.seen, job.held_out, grid(format), &options.gptq)
             .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
         let (got, rounded) = done.held_out.unwrap_or((done.objective, done.rounded));
         tracing::info!("{name}: {:.1} % of the error of rounding", 100.0 * got / rounded.max(f64::MIN_POSITIVE));

@@ -6,12 +6,17 @@
 //! ("true-sequential": each step sees the errors of those before it). A last run gives the next layer's hidden states.
 //! Running anew is cheap: what was quantized is multiplied by the fast kernels, and nothing wide has to be kept.
 //!
+//! Beside them lie the hidden states of the unquantized model. They go through the same layers with the weights as they
+//! were, so that each step also sees what its outputs should be, and can make good part of what was lost before it.
+//!
 //! Every finished tensor and every finished layer's hidden states are in the scratch folder before the next begins: a
 //! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
 
 use super::capture::{Capture, Observer};
 use super::groups::Groups;
+use super::step::{Step, joined};
 use super::text;
+use super::work::Work;
 use crate::engine::cpu::{Activations, CpuBackend};
 use crate::quantize::scratch::Scratch;
 use crate::quantize::write::Stopped;
@@ -21,18 +26,16 @@ use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
 use rushlight_models::decoder;
 use rushlight_models::model::{Linear, Model, Weight};
 use rushlight_quant::formats::Format;
-use rushlight_quant::quantize::Hessian;
+use rushlight_quant::quantize::Seen;
 use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
 use std::io::Write;
-use std::ops::{ControlFlow, Range};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows that go through a layer together, unless memory is short.
 const CHUNK: usize = 2048;
-/// One sequence in so many judges what the others brought about.
-const HELD_OUT: usize = 8;
 /// Weights that are quantized in one call: what is taken at once as f32, 128 MB, and what a run can lose.
 const SLICE: usize = 32 << 20;
 
@@ -69,10 +72,10 @@ pub struct Job<'a> {
     pub rows: Range<usize>,
     /// Their weights, `[rows, cols]`.
     pub weights: &'a [f32],
-    /// What goes into it.
-    pub hessian: &'a Hessian,
-    /// What goes into it in sequences that are not part of `hessian`; `None` where there are too few sequences.
-    pub held_out: Option<&'a Hessian>,
+    /// What goes into it, and what its outputs lack.
+    pub seen: Seen<'a>,
+    /// The same of sequences that are not part of `seen`; `None` where there are too few sequences.
+    pub held_out: Option<Seen<'a>>,
 }
 
 /// Chooses the packed rows for a [`Job`], in the order of its rows. The same job must give the same bytes.
@@ -117,6 +120,7 @@ impl Run<'_> {
         let chunks = chunks(self.sequences, self.rows(longest)?);
         let slots = chunks.iter().map(|c| c.len()).max().unwrap_or(1);
         let mut backend = text::backend(&self.model, self.threads, slots, longest, 1)?;
+        let original = self.model.clone();
         let mut work = Work::new(&self, progress);
         let layers = self.model.layers.len();
         let first = self.resume()?;
@@ -125,10 +129,11 @@ impl Run<'_> {
         }
         for i in first..layers {
             work.reach(i);
-            self.layer(&mut backend, &chunks, i, quantize, &mut work)?;
+            self.layer(&mut backend, &original, &chunks, i, quantize, &mut work)?;
         }
         work.reach(layers);
         self.head(&mut backend, &chunks, quantize, &mut work)?;
+        work.finish();
         Ok(())
     }
 
@@ -139,14 +144,16 @@ impl Run<'_> {
         // with their errors, codes and packed rows in several forms.
         let matrix = |l: &Linear| {
             let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
-            8 * cols * cols + 24 * (rows * cols).min(SLICE as u64) + 1024 * cols
+            // Drifts of it and of a neighbour in the same step.
+            let drifts = if l.id == self.model.head.id { 0 } else { 16 * rows * cols };
+            8 * cols * cols + drifts + 32 * (rows * cols).min(SLICE as u64) + 1024 * cols
         };
         let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
         let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
         // What a row takes on its way through a layer: the stream and the widest parts in f32, and rounded for a kernel.
         let widest =
             linears().filter(|l| l.id != self.model.head.id).map(|l| l.weight.rows().max(l.weight.cols())).max();
-        let row = 24 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
+        let row = 48 * (widest.unwrap_or(0) + self.model.spec.hidden_size) as u64;
         let rows = self.memory.saturating_sub(fixed) / row.max(1);
         if rows < longest as u64 {
             bail!(
@@ -160,6 +167,11 @@ impl Run<'_> {
     /// Where the hidden states before layer `i` lie.
     fn hidden(&self, i: usize) -> PathBuf {
         self.scratch.dir().join("state").join(format!("hidden-{i:04}"))
+    }
+
+    /// Where those of the unquantized model lie. Before the first layer both are the same.
+    fn original(&self, i: usize) -> PathBuf {
+        if i == 0 { self.hidden(0) } else { self.scratch.dir().join("state").join(format!("original-{i:04}")) }
     }
 
     /// The first layer that is not finished.
@@ -187,6 +199,7 @@ impl Run<'_> {
     fn layer(
         &mut self,
         backend: &mut CpuBackend,
+        original: &Model,
         chunks: &[Range<usize>],
         i: usize,
         quantize: &mut Quantize<'_>,
@@ -198,59 +211,88 @@ impl Run<'_> {
         for id in ids {
             self.take(id)?;
         }
-        let input = map(&self.hidden(i))?;
+        let (input, wanted) = (map(&self.hidden(i))?, map(&self.original(i))?);
         for step in 0.. {
-            let mut observer = Step::new(step, self.targets);
-            let mut out = AtomicFile::create(&self.hidden(i + 1))?;
-            let ended = self.pass(backend, chunks, i, &input, &mut observer, &mut out, work)?;
-            if !ended {
-                out.commit()?;
+            let mut observer = Step::new(step, self.targets, joined(&self.model, i));
+            if !self.step(backend, original, chunks, i, (&input, &wanted), &mut observer, work)? {
                 break;
             }
             for id in std::mem::take(&mut observer.ids) {
                 self.quantize(backend.cpu(), id, &observer, quantize, work)?;
             }
         }
-        drop(input);
+        // The unquantized states first: a run goes on where the others are.
+        for (model, input, path) in
+            [(original, &wanted, self.original(i + 1)), (&self.model, &input, self.hidden(i + 1))]
+        {
+            let (mut out, mut at) = (AtomicFile::create(&path)?, 0);
+            for chunk in chunks {
+                let (y, rows) = self.pass(backend, model, chunk, i, (input, &mut at), &mut ())?;
+                put(&mut out, &y.context("a pass that nothing ended has no end")?)?;
+                work.ran(work.steps() - 1, rows);
+            }
+            out.commit()?;
+        }
+        drop((input, wanted));
         for linear in self.model.linears_mut().filter(|l| l.layer == i) {
             linear.replacement = None;
         }
-        let path = self.hidden(i);
-        std::fs::remove_file(&path).with_context(|| path.display().to_string())
+        for path in [self.hidden(i), self.original(i)] {
+            if path.exists() {
+                std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+            }
+        }
+        Ok(())
     }
 
-    /// Runs all hidden states through layer `i`, or as far as `observer` lets them; whether it ended them.
-    fn pass(
+    /// Shows `observer` its step of layer `i`, of both models; whether there is such a step.
+    fn step(
         &self,
         backend: &mut CpuBackend,
+        original: &Model,
         chunks: &[Range<usize>],
         i: usize,
-        input: &Bytes,
+        (input, wanted): (&Bytes, &Bytes),
         observer: &mut Step<'_>,
-        out: &mut AtomicFile,
         work: &mut Work<'_>,
     ) -> Result<bool> {
-        let (mut at, mut ended) = (0, false);
+        let (mut at, mut at_wanted) = (0, 0);
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
-            let x = self.load(backend, input, &mut at, ids.len())?;
-            observer.begin(chunk.start, &sequences);
-            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
-            let mut capture = Capture::layerwise(backend, observer);
-            let y = capture.run(|b| {
-                b.begin(&self.model, &batch)?;
-                decoder::layer(&self.model, b, i, x)
-            })?;
-            match y {
-                Some(y) => put(out, &y)?,
-                None => ended = true,
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], Some(&self.model));
+            let (y, _) = self.pass(backend, original, chunk, i, (wanted, &mut at_wanted), observer)?;
+            if y.is_some() {
+                return Ok(false);
             }
             if observer.known {
                 break;
             }
-            work.ran(observer.step, ids.len());
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], None);
+            let (_, rows) = self.pass(backend, &self.model, chunk, i, (input, &mut at), observer)?;
+            work.ran(observer.step, 2 * rows);
         }
-        Ok(ended)
+        Ok(true)
+    }
+
+    /// Runs the next hidden states of `input` through layer `i` of `model`, or as far as `observer` lets them, and says
+    /// how many they are.
+    fn pass(
+        &self,
+        backend: &mut CpuBackend,
+        model: &Model,
+        chunk: &Range<usize>,
+        i: usize,
+        (input, at): (&Bytes, &mut usize),
+        observer: &mut impl Observer,
+    ) -> Result<(Option<Activations>, usize)> {
+        let (ids, sequences) = batch(model, &self.sequences[chunk.clone()]);
+        let x = self.load(backend, input, at, ids.len())?;
+        let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+        let mut capture = Capture::layerwise(backend, observer);
+        let y = capture.run(|b| {
+            b.begin(model, &batch)?;
+            decoder::layer(model, b, i, x)
+        })?;
+        Ok((y, ids.len()))
     }
 
     fn head(
@@ -265,12 +307,11 @@ impl Run<'_> {
             return Ok(());
         }
         let input = map(&self.hidden(self.model.layers.len()))?;
-        let mut observer = Step::new(0, self.targets);
+        let mut observer = Step::new(0, self.targets, Vec::new());
         let mut at = 0;
         for chunk in chunks {
-            let (ids, sequences) = batch(&self.model, &self.sequences[chunk.clone()]);
-            let x = self.load(backend, &input, &mut at, ids.len())?;
-            observer.begin(chunk.start, &sequences);
+            let x = self.load(backend, &input, &mut at, self.sequences[chunk.clone()].iter().map(Vec::len).sum())?;
+            observer.begin(chunk.start, &self.sequences[chunk.clone()], None);
             Capture::layerwise(backend, &mut observer).run(|b| decoder::logits(&self.model, b, &x))?;
         }
         self.quantize(backend.cpu(), id, &observer, quantize, work)
@@ -323,8 +364,7 @@ impl Run<'_> {
         work: &mut Work<'_>,
     ) -> Result<()> {
         let Some(target) = self.targets.get(&id) else { return Ok(()) };
-        let (Some(linear), Some((hessian, held_out))) = (self.model.linears().find(|l| l.id == id), &observer.seen)
-        else {
+        let (Some(linear), Some((most, others))) = (self.model.linears().find(|l| l.id == id), &observer.inputs) else {
             return Ok(());
         };
         if linear.replacement.is_some() {
@@ -344,8 +384,11 @@ impl Run<'_> {
             if weights.iter().any(|w| !w.is_finite()) {
                 bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);
             }
-            let held_out = (held_out.rows() > 0).then_some(held_out);
-            let job = Job { linear, target, rows: part.clone(), weights: &weights, hessian, held_out };
+            let drifts = observer.drifts.get(&id);
+            let seen = Seen { hessian: most, drift: drifts.map(|(drift, _)| (drift, start)) };
+            let held_out = Seen { hessian: others, drift: drifts.map(|(_, drift)| (drift, start)) };
+            let held_out = (others.rows() > 0).then_some(held_out);
+            let job = Job { linear, target, rows: part.clone(), weights: &weights, seen, held_out };
             packed.extend(quantize(cpu, &job)?);
             work.quantized(part.len(), cols);
         }
@@ -393,132 +436,4 @@ fn batch(model: &Model, sequences: &[Vec<u32>]) -> (Vec<u32>, Vec<Sequence>) {
 fn put(out: &mut AtomicFile, x: &[f32]) -> Result<()> {
     let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
     out.write_all(&bytes).with_context(|| out.target().display().to_string())
-}
-
-/// Collects what goes into the linear layers of one step of a layer, and ends the pass there.
-struct Step<'a> {
-    /// Which call for products it waits for.
-    step: usize,
-    targets: &'a HashMap<usize, Target>,
-    /// Calls seen in this chunk.
-    calls: usize,
-    /// Number of the chunk's first sequence.
-    first: usize,
-    /// The chunk's sequences as rows.
-    rows: Vec<Range<usize>>,
-    /// The linear layers of the step.
-    ids: Vec<usize>,
-    /// What goes into them: most sequences, and those that are held out.
-    seen: Option<(Hessian, Hessian)>,
-    /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
-    known: bool,
-}
-
-impl<'a> Step<'a> {
-    fn new(step: usize, targets: &'a HashMap<usize, Target>) -> Self {
-        Step { step, targets, calls: 0, first: 0, rows: Vec::new(), ids: Vec::new(), seen: None, known: false }
-    }
-
-    fn begin(&mut self, first: usize, sequences: &[Sequence]) {
-        (self.calls, self.first) = (0, first);
-        let mut end = 0;
-        let range = |s: &Sequence| {
-            end += s.len;
-            end - s.len..end
-        };
-        self.rows = sequences.iter().map(range).collect();
-    }
-}
-
-impl Observer for Step<'_> {
-    fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()> {
-        self.calls += 1;
-        if self.calls <= self.step {
-            return ControlFlow::Continue(());
-        }
-        self.ids = layers.iter().map(|l| l.id).collect();
-        self.known = layers.iter().all(|l| l.replacement.is_some() || !self.targets.contains_key(&l.id));
-        if self.known {
-            return ControlFlow::Break(());
-        }
-        let cols = x.len() / x.rows();
-        let (hessian, held_out) = self.seen.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
-        for (i, rows) in self.rows.iter().enumerate() {
-            let into = if (self.first + i) % HELD_OUT == HELD_OUT - 1 { &mut *held_out } else { &mut *hessian };
-            into.add(cpu, &x[rows.start * cols..rows.end * cols]);
-        }
-        ControlFlow::Break(())
-    }
-}
-
-/// Counts the work, so that the time left can be told: in products of two numbers, by what each kind costs.
-struct Work<'a> {
-    progress: &'a mut dyn FnMut(State),
-    tokens: u64,
-    /// For each layer, and then the head, what a token costs in each step's run, and what the weights cost.
-    parts: Vec<(Vec<u64>, u64)>,
-    state: State,
-    /// In products.
-    done: u64,
-}
-
-impl<'a> Work<'a> {
-    fn new(run: &Run<'_>, progress: &'a mut dyn FnMut(State)) -> Self {
-        let tokens = run.sequences.iter().map(|s| s.len() as u64).sum();
-        let part = |steps: &[Vec<&Linear>]| {
-            let (mut costs, mut forward, mut weights) = (Vec::new(), 0, 0);
-            for linears in steps {
-                let cols = linears[0].weight.cols() as u64;
-                let wanted = linears.iter().filter(|l| run.targets.contains_key(&l.id));
-                let rows: u64 = wanted.map(|l| l.weight.rows() as u64).sum();
-                // The Hessian is symmetric: half of it.
-                costs.push(forward + if rows > 0 { cols * cols / 2 } else { 0 });
-                weights += rows * cols * cols + if rows > 0 { cols.pow(3) } else { 0 };
-                // The kernels for packed weights are about twice as fast as those for f32.
-                forward += linears.iter().map(|l| l.weight.rows() as u64 * cols / 2).sum::<u64>();
-            }
-            costs.push(forward);
-            (costs, weights)
-        };
-        let mut parts: Vec<_> = (run.model.layers.iter())
-            .map(|l| {
-                let mut steps = vec![vec![&l.q, &l.k, &l.v], vec![&l.o]];
-                if let Some(mlp) = &l.mlp {
-                    steps.push(mlp.gate.iter().chain([&mlp.up]).collect());
-                    steps.push(vec![&mlp.down]);
-                }
-                part(&steps)
-            })
-            .collect();
-        if !run.model.spec.tied_head {
-            parts.push(part(&[vec![&run.model.head]]));
-        }
-        let total = parts.iter().map(|(steps, weights)| steps.iter().sum::<u64>() * tokens + weights).sum();
-        Work { progress, tokens, parts, state: State { done: 0, total, layer: 0 }, done: 0 }
-    }
-
-    /// All before `layer` is done.
-    fn reach(&mut self, layer: usize) {
-        let cost = |(steps, weights): &(Vec<u64>, u64)| steps.iter().sum::<u64>() * self.tokens + weights;
-        self.done = self.parts.iter().take(layer).map(cost).sum();
-        self.state.layer = layer;
-        self.tell();
-    }
-
-    /// `rows` more tokens have gone through the layer as far as `step`.
-    fn ran(&mut self, step: usize, rows: usize) {
-        let steps = self.parts.get(self.state.layer).map(|p| &p.0[..]);
-        self.done += steps.and_then(|s| s.get(step)).map_or(0, |cost| cost * rows as u64);
-        self.tell();
-    }
-
-    fn quantized(&mut self, rows: usize, cols: usize) {
-        self.done += (rows * cols * cols) as u64;
-        self.tell();
-    }
-
-    fn tell(&mut self) {
-        self.state.done = self.done.min(self.state.total);
-        (self.progress)(self.state);
-    }
 }

@@ -8,4 +8,6 @@ pub mod groups;
 pub mod imatrix;
 pub mod layers;
 pub mod sensitivity;
+mod step;
 pub mod text;
+mod work;

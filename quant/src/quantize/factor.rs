@@ -7,7 +7,7 @@ use crate::threads::Disjoint;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltRegularization, cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::matmul::matmul;
-use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{Accum, MatMut, MatRef, Par};
 use std::ops::Range;
 
@@ -108,6 +108,55 @@ impl Factor {
         start(self.cols.div_ceil(TILE), tj) + (ti - tj) * SQUARE + (c % TILE) * TILE + r % TILE
     }
 
+    /// Solves `y H = x` for each row `x` of `rows` (`[.., cols]`, columns in their own order), which becomes `y`. `order` is
+    /// that of the visits.
+    pub fn solve(&self, cpu: &Cpu, order: &[u32], rows: &mut [f32]) {
+        /// Rows solved together.
+        const ROWS: usize = 64;
+        let n = self.cols;
+        let side = n.div_ceil(TILE);
+        let count = rows.len() / n;
+        let extent = |tile: usize| TILE.min(n - tile * TILE);
+        let tile =
+            |i: usize, j: usize| view(&self.tiles[start(side, j) + (i - j) * SQUARE..][..SQUARE], extent(i), extent(j));
+        let rows = Disjoint::new(rows);
+        cpu.split(count, ROWS, &|part| {
+            // SAFETY: these rows belong to one task.
+            let rows = unsafe { rows.slice(part.start * n..part.end * n) };
+            let m = part.len();
+            // As columns, in reverse order of visits, one tile of them after another.
+            let mut z = vec![0f64; side * TILE * m];
+            for (r, row) in rows.chunks_exact(n).enumerate() {
+                for (i, c) in order.iter().rev().enumerate() {
+                    z[i / TILE * TILE * m + r * TILE + i % TILE] = f64::from(row[*c as usize]);
+                }
+            }
+            for j in 0..side {
+                let (done, rest) = z.split_at_mut((j + 1) * TILE * m);
+                let mut now = view_mut(&mut done[j * TILE * m..], extent(j), m);
+                solve_lower_triangular_in_place(tile(j, j), now.as_mut(), Par::Seq);
+                for i in j + 1..side {
+                    let target = view_mut(&mut rest[(i - j - 1) * TILE * m..], extent(i), m);
+                    matmul(target, Accum::Add, tile(i, j), now.as_ref(), -1.0, Par::Seq);
+                }
+            }
+            for j in (0..side).rev() {
+                let (before, done) = z.split_at_mut((j + 1) * TILE * m);
+                let mut now = view_mut(&mut before[j * TILE * m..], extent(j), m);
+                for i in j + 1..side {
+                    let known = view(&done[(i - j - 1) * TILE * m..], extent(i), m);
+                    matmul(now.as_mut(), Accum::Add, tile(i, j).transpose(), known, -1.0, Par::Seq);
+                }
+                solve_upper_triangular_in_place(tile(j, j).transpose(), now, Par::Seq);
+            }
+            for (r, row) in rows.chunks_exact_mut(n).enumerate() {
+                for (i, c) in order.iter().rev().enumerate() {
+                    row[*c as usize] = z[i / TILE * TILE * m + r * TILE + i % TILE] as f32;
+                }
+            }
+        });
+    }
+
     /// Copies `R_kj / R_jj` for `k < j` of `columns` as panels `[j / 16][k][16]`, `k < columns.end`; zero elsewhere.
     pub fn pack(&self, cpu: &Cpu, columns: Range<usize>, out: &mut [f32]) {
         const GRAIN: usize = 256;
@@ -166,6 +215,16 @@ mod tests {
                         (b..n).map(|k| factor.tiles[factor.index(a, k)] * factor.tiles[factor.index(b, k)]).sum();
                     let want = hessian.get(n - 1 - a, n - 1 - b) + if a == b { 0.01 } else { 0.0 };
                     assert!((got - want).abs() < 1e-9, "{n}: {a} {b}: {got} {want}");
+                }
+            }
+            let mut solved: Vec<f32> = (0..70 * n).map(|i| (i * 31 % 97) as f32 / 48.0 - 1.0).collect();
+            let rows = solved.clone();
+            factor.solve(&cpu, &order, &mut solved);
+            for (row, solved) in rows.chunks(n).zip(solved.chunks(n)).step_by(23) {
+                for a in 0..n {
+                    let entry = |b: usize| hessian.get(a, b) + if a == b { 0.01 } else { 0.0 };
+                    let got: f64 = (0..n).map(|b| entry(b) * f64::from(solved[b])).sum();
+                    assert!((got - f64::from(row[a])).abs() < 1e-3, "{n}: {a}: {got} {}", row[a]);
                 }
             }
             let threaded = Factor::new(&Cpu::new(3, Isa::best()), &hessian, &order, 0.01, 1.0).unwrap();

@@ -1,5 +1,6 @@
 //! Quantizing one matrix with the help of its Hessian: several ways are tried and each row keeps what suits it best.
 
+use super::drift::Seen;
 use super::factor::Factor;
 use super::gptq::{Fit, Order, Plan, Variant, run};
 use super::grid::Grid;
@@ -73,7 +74,8 @@ pub enum Codes {
 pub struct Quantized {
     /// The quantized weights.
     pub codes: Codes,
-    /// `tr(D H D^T)` of what was lost, `D = quantized - weights`: summed over outputs, twice the mean squared error.
+    /// Twice the mean squared error of the outputs, summed over them: `tr(D H D^T)` with `D = quantized - weights` where
+    /// no drift was seen.
     pub objective: f64,
     /// The same of rounding to nearest.
     pub rounded: f64,
@@ -105,10 +107,11 @@ pub enum GptqError {
 }
 
 /// Quantizes `weights` (`[rows, cols]`) to `grid` so that the layer's outputs change little on the activations that
-/// `hessian` was made of.
+/// `seen` is of; with a drift, so that they come close to what they should be in spite of it: weights are moved to where
+/// the error is least before they are rounded.
 ///
 /// Every row is judged by itself, by `held_out` where it is given (activations that GPTQ has not seen, so that fitting
-/// the calibration text too closely shows) and else by `hessian`, and is never worse than rounded to nearest.
+/// the calibration text too closely shows) and else by `seen`, and is never worse than rounded to nearest.
 /// The result does not depend on the number of threads.
 ///
 /// Takes about `6 cols^2 + 20 rows * cols` bytes of memory beside the arguments.
@@ -119,15 +122,16 @@ pub fn gptq(
     cpu: &Cpu,
     weights: &[f32],
     rows: usize,
-    hessian: &Hessian,
-    held_out: Option<&Hessian>,
+    seen: Seen<'_>,
+    held_out: Option<Seen<'_>>,
     grid: Grid,
     options: &GptqOptions,
 ) -> Result<Quantized, GptqError> {
+    let hessian = seen.hessian;
     let cols = hessian.cols();
-    check(weights, rows, hessian, held_out, grid)?;
-    let p = Problem { cpu, weights, rows, cols, grid, search: options.search, half: options.half_scales };
-    let judge = held_out.unwrap_or(hessian);
+    check(weights, rows, seen, held_out, grid)?;
+    let source = Problem { cpu, weights, rows, cols, grid, search: options.search, half: options.half_scales };
+    let judge = held_out.unwrap_or(seen);
     let mut diagonal: Vec<f64> = (0..cols).map(|c| hessian.get(c, c)).collect();
     let live: Vec<f64> = diagonal.iter().copied().filter(|d| *d > 0.0).collect();
     let mean = if live.is_empty() { 1.0 } else { live.iter().sum::<f64>() / live.len() as f64 };
@@ -135,40 +139,34 @@ pub fn gptq(
     diagonal.iter_mut().filter(|d| **d <= 0.0).for_each(|d| *d = mean);
 
     let mut errors = Aligned::<f32>::zeroed(rows * cols);
-    let rounded = Solution::round(&Problem { search: false, ..p }, None);
-    rounded.errors(&p, &mut errors);
-    let rounded_objective: f64 = hessian.objective(cpu, &errors).iter().sum();
+    let rounded = Solution::round(&Problem { search: false, ..source }, None);
+    rounded.errors(&source, &mut errors);
+    let rounded_objective: f64 = seen.objective(cpu, &errors).iter().sum();
     let costs = judge.objective(cpu, &errors);
     let rounded_judged: f64 = costs.iter().sum();
     let mut methods = vec![Method::Rounded];
     let mut families = vec![Family { chosen: vec![0; rows], solution: rounded, costs }];
+    let mut factors = Factors { cpu, hessian, mean, last: None };
+    let mut moved = None;
+    if let (Some(_), Some(variant)) = (seen.drift, options.variants.first()) {
+        let order = Plan::new(&source, variant, &diagonal).order;
+        let factor = factors.get(&order, variant.damping)?;
+        moved = seen.correction(cpu, rows, factor, &order, held_out);
+    }
+    let moved: Option<Vec<f32>> = moved.map(|change| change.iter().zip(weights).map(|(c, w)| c + w).collect());
+    let p = Problem { weights: moved.as_deref().unwrap_or(weights), ..source };
     let importance: Vec<f32> = diagonal.iter().map(|d| *d as f32).collect();
     let weighted = Solution::round(&p, Some(&importance));
-    consider(&mut families, &mut methods, Method::Weighted, weighted.clone(), judge, &p, &mut errors);
+    consider(&mut families, &mut methods, Method::Weighted, weighted.clone(), judge, &source, &mut errors);
 
-    let mut last: Option<(Vec<u32>, f64, Factor)> = None;
     for variant in &options.variants {
         let plan = Plan::new(&p, variant, &diagonal);
-        let mut damping = variant.damping.max(0.0) * mean;
-        let known = last.take().filter(|(order, d, _)| *order == plan.order && *d == damping);
-        let factor = match known {
-            Some((_, _, factor)) => factor,
-            None => loop {
-                if let Some(factor) = Factor::new(cpu, hessian, &plan.order, damping, mean) {
-                    break factor;
-                }
-                damping = (damping * 10.0).max(1e-4 * mean);
-                if damping > 100.0 * mean {
-                    return Err(GptqError::NotPositiveDefinite(damping / mean));
-                }
-            },
-        };
+        let factor = factors.get(&plan.order, variant.damping)?;
         let start = variant.is_static(&p).then_some(&weighted);
-        let solution = run(&p, &plan, &factor, variant.fit, start);
-        consider(&mut families, &mut methods, Method::Gptq(*variant), solution, judge, &p, &mut errors);
-        last = Some((plan.order, variant.damping.max(0.0) * mean, factor));
+        let solution = run(&p, &plan, factor, variant.fit, start);
+        consider(&mut families, &mut methods, Method::Gptq(*variant), solution, judge, &source, &mut errors);
     }
-    drop((last, weighted));
+    drop((factors, weighted));
     if options.ordered_groups && families.len() > 1 {
         // The first is that of rounding, whose groups are neighbours.
         families.remove(0);
@@ -190,7 +188,7 @@ pub fn gptq(
         } * mean;
         let mut next = solution.clone();
         refine(&p, hessian, damping, options.sweeps, &mut next);
-        next.errors(&p, &mut errors);
+        next.errors(&source, &mut errors);
         for (r, cost) in judge.objective(cpu, &errors).into_iter().enumerate() {
             if cost < costs[r] {
                 solution.take_row(&next, r);
@@ -198,8 +196,8 @@ pub fn gptq(
             }
         }
     }
-    solution.errors(&p, &mut errors);
-    let objective = hessian.objective(cpu, &errors).iter().sum();
+    solution.errors(&source, &mut errors);
+    let objective = seen.objective(cpu, &errors).iter().sum();
     let zeros = || solution.offsets.iter().map(|z| *z as u8).collect();
     Ok(Quantized {
         objective,
@@ -219,6 +217,38 @@ pub fn gptq(
     })
 }
 
+/// Makes factors of one Hessian, and keeps the last.
+struct Factors<'a> {
+    cpu: &'a Cpu,
+    hessian: &'a Hessian,
+    /// Of its diagonal.
+    mean: f64,
+    last: Option<(Vec<u32>, f64, Factor)>,
+}
+
+impl Factors<'_> {
+    /// For columns in this order, with `damping` of the mean diagonal; with more where that is not enough.
+    fn get(&mut self, order: &[u32], damping: f64) -> Result<&Factor, GptqError> {
+        let (mean, wanted) = (self.mean, damping.max(0.0) * self.mean);
+        if self.last.as_ref().is_none_or(|(known, d, _)| known != order || *d != wanted) {
+            self.last = None;
+            let mut damping = wanted;
+            let factor = loop {
+                if let Some(factor) = Factor::new(self.cpu, self.hessian, order, damping, mean) {
+                    break factor;
+                }
+                damping = (damping * 10.0).max(1e-4 * mean);
+                if damping > 100.0 * mean {
+                    return Err(GptqError::NotPositiveDefinite(damping / mean));
+                }
+            };
+            self.last = Some((order.to_vec(), wanted, factor));
+        }
+        let (_, _, factor) = self.last.as_ref().expect("it was made above");
+        Ok(factor)
+    }
+}
+
 /// Solutions whose columns are grouped alike, and so can be mixed row by row.
 struct Family {
     solution: Solution,
@@ -233,7 +263,7 @@ fn consider(
     methods: &mut Vec<Method>,
     method: Method,
     solution: Solution,
-    judge: &Hessian,
+    judge: Seen<'_>,
     p: &Problem<'_>,
     errors: &mut [f32],
 ) {
@@ -257,23 +287,27 @@ fn consider(
 fn check(
     weights: &[f32],
     rows: usize,
-    hessian: &Hessian,
-    held_out: Option<&Hessian>,
+    seen: Seen<'_>,
+    held_out: Option<Seen<'_>>,
     grid: Grid,
 ) -> Result<(), GptqError> {
-    let cols = hessian.cols();
+    let cols = seen.hessian.cols();
     if cols == 0 || rows.checked_mul(cols) != Some(weights.len()) {
         let message = format!("{} weights are no matrix of {rows} rows and {cols} columns", weights.len());
         return Err(GptqError::Shape(message));
     }
-    for h in [Some(hessian), held_out].into_iter().flatten() {
+    for seen in [Some(seen), held_out].into_iter().flatten() {
+        let h = seen.hessian;
         if h.cols() != cols {
             return Err(GptqError::Shape(format!("a held-out Hessian of {} columns beside one of {cols}", h.cols())));
         }
         if h.rows() == 0 {
             return Err(GptqError::Shape("a Hessian of no activations".into()));
         }
-        if !h.is_finite() {
+        if !seen.fits(rows) {
+            return Err(GptqError::Shape("a drift of a layer of another shape".into()));
+        }
+        if !seen.is_finite() {
             return Err(GptqError::NotFinite("the layer's activations are"));
         }
     }

@@ -4,6 +4,7 @@
 //! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
 //! least weighted square error, by the weights that llama.cpp counts errors with.
 
+mod drift;
 mod factor;
 mod float;
 mod gptq;
@@ -27,6 +28,7 @@ use crate::formats::Format;
 use crate::kernels::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::lanes::compiled;
+pub use drift::{Drift, Seen};
 pub use gptq::{Fit, Order, Variant};
 pub use grid::Grid;
 pub use hessian::Hessian;
