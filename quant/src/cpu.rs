@@ -8,17 +8,30 @@ pub struct Cpu {
     pub(crate) team: Team,
     pub(crate) kernels: Kernels,
     pub(crate) prompt_rounding: PromptRounding,
+    pub(crate) half_attention: bool,
 }
 
 impl Cpu {
     /// A team of `threads` with the kernels of `isa` (the scalar ones where this machine lacks it).
     pub fn new(threads: usize, isa: Isa) -> Cpu {
-        Cpu { team: Team::new(threads), kernels: isa.kernels(), prompt_rounding: PromptRounding::default() }
+        Cpu {
+            team: Team::new(threads),
+            kernels: isa.kernels(),
+            prompt_rounding: PromptRounding::default(),
+            half_attention: false,
+        }
     }
 
     /// The same, with prompts rounded as `rounding` says.
     pub fn with_prompt_rounding(mut self, rounding: PromptRounding) -> Cpu {
         self.prompt_rounding = rounding;
+        self
+    }
+
+    /// The same, whose attention in training ([`Cpu::attention_train`] and its gradients) rounds the sides of its products
+    /// to bf16 where the processor multiplies that faster than f32. For models whose weights are coarser than that.
+    pub fn with_half_attention(mut self, half: bool) -> Cpu {
+        self.half_attention = half;
         self
     }
 

@@ -7,7 +7,7 @@ use super::columns::compiled_columns;
 use super::lanes::compiled_lanes;
 use super::scalar::pack_codes_of;
 use super::{
-    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
+    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, Lanes, PANEL, PackCodes, PackFloats, QuantizedRow,
     QuantizedRowMut, QuantizedRows,
 };
 use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
@@ -39,7 +39,10 @@ pub(super) fn kernels() -> Kernels {
         f32_to_f16,
         half: bf16::pays().then_some(bf16::KERNELS),
         peak: Some(peak),
-        lanes: compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
+        lanes: Lanes {
+            across: super::across512::across,
+            ..compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+        },
     }
 }
 

@@ -3,6 +3,9 @@
 //! `vdpbf16ps` has half the rate of VNNI, which needs two passes for activations of as many bits, and stops at no scale
 //! group. (Intel's processors before AMX take it at a quarter of that rate: see [`pays`].)
 
+mod columns;
+mod rows;
+
 use super::codes256::{Codes, by_codes};
 use super::{HalfKernels, HalfRows, PANEL, PackHalf, ROW_BLOCK};
 use crate::formats::Format;
@@ -26,7 +29,8 @@ pub(super) fn pays() -> bool {
     })
 }
 
-pub(super) const KERNELS: HalfKernels = HalfKernels { round, pack, mul };
+pub(super) const KERNELS: HalfKernels =
+    HalfKernels { round, pack, columns: columns::columns, across: rows::across, pairs: rows::pairs, mul };
 
 pub(super) fn round(x: &[f32], cols: usize, out: &mut [u16]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -140,7 +144,7 @@ fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> __m512i 
 /// `out` has room for 512 numbers.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
+pub(super) unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
     let (mut a, mut b) = (rows, rows);
     for i in 0..8 {
         b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);

@@ -11,6 +11,10 @@ use std::ops::Range;
 pub type PackColumns =
     fn(data: &[u8], row_bytes: usize, rows: usize, columns: Range<usize>, ldb: usize, out: &mut [f32]);
 
+/// The same as bf16, pairs of rows interleaved, `[rows / 2][16][2]`, with rows of zeros up to a multiple of 32.
+pub type PackHalfColumns =
+    fn(data: &[u8], row_bytes: usize, rows: usize, columns: Range<usize>, ldb: usize, out: &mut [u16]);
+
 /// A format as groups of 32 weights.
 pub(super) trait Weights: 'static {
     /// Weights `32 g .. 32 g + 32` of a packed row; zeros behind its end.

@@ -4,7 +4,7 @@
 mod backward;
 
 use crate::ops::Activation;
-pub use backward::{activate_backward, gate_backward, soft_cap_backward, softmax_backward};
+pub use backward::{activate_backward, gate_backward, scale_columns, soft_cap_backward, softmax, softmax_backward};
 
 const LANES: usize = 16;
 
@@ -13,6 +13,12 @@ pub type Rotate = fn(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]);
 
 /// See [`Lanes::across`].
 pub type Across = fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32]);
+/// Queries of a tile of attention whose scores are held with a row for each key.
+pub const QUERIES: usize = 64;
+
+/// See [`Lanes::softmax`].
+pub type Softmax =
+    fn(s: &mut [f32], most: &mut [f32; QUERIES], total: &mut [f32; QUERIES], shrink: &mut [f32; QUERIES]);
 /// See [`Lanes::softmax_backward`].
 pub type SoftmaxBackward = fn(lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32]);
 
@@ -53,7 +59,12 @@ pub struct Lanes {
     pub gate_backward: fn(Activation, &mut [f32], &mut [f32], &[f32]),
     /// `dy *= 1 - (y / cap)^2`
     pub soft_cap_backward: fn(f32, &[f32], &mut [f32]),
-    /// `s` becomes the probabilities `e^(s - lse)`, and their gradients `dp` those of `s`: `p * (dp - delta)`
+    /// each column of `s` becomes `e^(s - most)`, where `most` is raised to the column's largest score and `total`, the
+    /// sum so far, is first multiplied by `shrink`, as all that was measured from the old `most` must be
+    pub softmax: Softmax,
+    /// each column of `x` times its number
+    pub scale_columns: fn(&[f32; QUERIES], x: &mut [f32]),
+    /// rows of `QUERIES`: `s` becomes the probabilities `e^(s - lse)`, and their gradients `dp` those of `s`: `p * (dp - delta)`
     pub softmax_backward: SoftmaxBackward,
 }
 
@@ -385,6 +396,8 @@ macro_rules! compiled_lanes {
             activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
             gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
             soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
+            softmax: compiled!($features, lanes::softmax, (s: &mut [f32], most: &mut [f32; lanes::QUERIES], total: &mut [f32; lanes::QUERIES], shrink: &mut [f32; lanes::QUERIES])),
+            scale_columns: compiled!($features, lanes::scale_columns, (by: &[f32; lanes::QUERIES], x: &mut [f32])),
             softmax_backward: compiled!($features, lanes::softmax_backward, (lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32])),
         }
     }};
@@ -413,5 +426,7 @@ pub const PLAIN: Lanes = Lanes {
     activate_backward,
     gate_backward,
     soft_cap_backward,
+    softmax,
+    scale_columns,
     softmax_backward,
 };

@@ -4,6 +4,8 @@
 //! operands alone, so a result does not depend on the number of threads or on what else is in a batch.
 
 #[cfg(target_arch = "x86_64")]
+mod across512;
+#[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -22,7 +24,7 @@ pub mod scalar;
 mod tests;
 
 use crate::formats::Format;
-pub use columns::PackColumns;
+pub use columns::{PackColumns, PackHalfColumns};
 
 /// An instruction set that has kernels here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +200,14 @@ pub struct HalfKernels {
     pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
     /// For block formats.
     pub pack: fn(Format) -> PackHalf,
+    /// For all formats.
+    pub columns: fn(Format) -> PackHalfColumns,
+    /// Up to 16 rows of `len` f32, `stride` apart, as a panel `[len / 2][16][2]`: a right side whose columns they are.
+    /// Absent rows, and columns up to a multiple of 32, are zeros.
+    pub across: fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [u16]),
+    /// `used` rows of `len` f32, `stride` apart, as panels `[used / 2][16][2]` at distance `ldb`: a right side whose rows
+    /// they are. Rows up to a multiple of 32, and columns of a panel behind the last, are zeros.
+    pub pairs: fn(rows: &[f32], stride: usize, used: usize, len: usize, ldb: usize, out: &mut [u16]),
     /// The products.
     pub mul: MulHalf,
 }
@@ -289,4 +299,4 @@ pub struct Kernels {
     pub lanes: Lanes,
 }
 
-pub(crate) use lanes::{Lanes, exp};
+pub(crate) use lanes::{Lanes, QUERIES, exp};

@@ -12,19 +12,26 @@ use std::ops::Range;
 const DEPTH: usize = 512;
 /// Rows of the output that one task computes.
 const HIGH: usize = 48;
-/// Columns of a weight's gradient that one task computes.
-const WIDE: usize = 64;
+/// Columns of a weight's gradient (or rows, where it has more of them) that one task computes.
+const WIDE: usize = 32;
 
-/// The sides of a product as the kernels read them, for all tasks, and what a task leaves of it.
+/// The sides of a product as the kernels read them, for all tasks.
 #[derive(Default)]
 struct Scratch {
     left: Aligned<f32>,
     panels: Aligned<f32>,
 }
 
+/// A task's own.
+#[derive(Default)]
+struct Tile {
+    panels: Aligned<f32>,
+    tile: Aligned<f32>,
+}
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static TILE: RefCell<Aligned<f32>> = RefCell::default();
+    static TILE: RefCell<Tile> = RefCell::default();
 }
 
 /// One side of a product: `data[i * stride + k]`, or `data[k * stride + i]` where `across`.
@@ -83,32 +90,35 @@ impl Cpu {
         let (dy, x) = (Side { data: dy, stride: rows, across: true }, Side { data: x, stride: cols, across: true });
         let (a, b, high, wide) = if turned { (x, dy, cols, rows) } else { (dy, x, rows, cols) };
         let out = Disjoint::new(dw);
-        let across = wide.div_ceil(WIDE);
-        SCRATCH.with_borrow_mut(|Scratch { left, panels }| {
+        SCRATCH.with_borrow_mut(|Scratch { left, .. }| {
             for first in (0..n).step_by(DEPTH) {
                 let terms = first..n.min(first + DEPTH);
                 let k = terms.len();
                 self.pack_left(a, high, terms.clone(), left);
-                self.pack_panels(b, wide, terms, 1.0, panels);
-                self.team.run(high.div_ceil(HIGH) * across, &|t| {
-                    let rows = t / across * HIGH..high.min((t / across + 1) * HIGH);
-                    let columns = t % across * WIDE..wide.min((t % across + 1) * WIDE);
-                    TILE.with_borrow_mut(|tile| {
+                self.split(wide, WIDE, &|columns| {
+                    TILE.with_borrow_mut(|Tile { panels, tile }| {
+                        panels.reserve(WIDE * DEPTH);
                         tile.reserve(HIGH * WIDE);
-                        let (m, n) = (rows.len(), columns.len().next_multiple_of(PANEL));
-                        let shape = GemmShape { m, n, k, lda: k, ldb: k * PANEL, ldc: WIDE, add: false };
-                        (self.kernels.gemm)(shape, &left[rows.start * k..], &panels[columns.start * k..], tile);
-                        if turned {
-                            for (j, r) in columns.enumerate() {
-                                // SAFETY: a part of the output belongs to one task.
-                                let out = unsafe { out.slice(r * cols + rows.start..r * cols + rows.end) };
-                                out.iter_mut().enumerate().for_each(|(i, out)| *out += scale * tile[i * WIDE + j]);
-                            }
-                        } else {
-                            for (r, sums) in rows.zip(tile.chunks_exact(WIDE)) {
-                                // SAFETY: as above.
-                                let out = unsafe { out.slice(r * cols + columns.start..r * cols + columns.end) };
-                                (self.kernels.lanes.axpy)(scale, &sums[..out.len()], out);
+                        for (p, start) in columns.clone().step_by(PANEL).enumerate() {
+                            let part = start..columns.end.min(start + PANEL);
+                            self.pack_panel(b, part, terms.clone(), 1.0, &mut panels[p * k * PANEL..]);
+                        }
+                        for start in (0..high).step_by(HIGH) {
+                            let (m, n) = (HIGH.min(high - start), columns.len().next_multiple_of(PANEL));
+                            let shape = GemmShape { m, n, k, lda: k, ldb: k * PANEL, ldc: WIDE, add: false };
+                            (self.kernels.gemm)(shape, &left[start * k..], panels, tile);
+                            if turned {
+                                for (j, r) in columns.clone().enumerate() {
+                                    // SAFETY: a part of the output belongs to one task.
+                                    let out = unsafe { out.slice(r * cols + start..r * cols + start + m) };
+                                    out.iter_mut().enumerate().for_each(|(i, out)| *out += scale * tile[i * WIDE + j]);
+                                }
+                            } else {
+                                for (r, sums) in (start..start + m).zip(tile.chunks_exact(WIDE)) {
+                                    // SAFETY: as above.
+                                    let out = unsafe { out.slice(r * cols + columns.start..r * cols + columns.end) };
+                                    (self.kernels.lanes.axpy)(scale, &sums[..out.len()], out);
+                                }
                             }
                         }
                     });
@@ -164,26 +174,32 @@ impl Cpu {
         self.split(wide, PANEL, &|range| {
             // SAFETY: a panel belongs to one task.
             let panel = unsafe { panels.slice(range.start * len..(range.start + PANEL) * len) };
-            let used = range.len();
-            if side.across {
-                for (term, to) in terms.clone().zip(panel.as_chunks_mut::<PANEL>().0) {
-                    let from = &side.data[term * side.stride + range.start..];
-                    match from.first_chunk::<PANEL>().filter(|_| used == PANEL) {
-                        Some(from) => *to = from.map(|x| scale * x),
-                        None => {
-                            *to = [0.0; PANEL];
-                            (0..used).for_each(|i| to[i] = scale * from[i]);
-                        }
+            self.pack_panel(side, range, terms.clone(), scale, panel);
+        });
+    }
+
+    /// One of them.
+    fn pack_panel(&self, side: Side<'_>, range: Range<usize>, terms: Range<usize>, scale: f32, panel: &mut [f32]) {
+        let (len, used) = (terms.len(), range.len());
+        let panel = &mut panel[..len * PANEL];
+        if side.across {
+            for (term, to) in terms.zip(panel.as_chunks_mut::<PANEL>().0) {
+                let from = &side.data[term * side.stride + range.start..];
+                match from.first_chunk::<PANEL>().filter(|_| used == PANEL) {
+                    Some(from) => *to = from.map(|x| scale * x),
+                    None => {
+                        *to = [0.0; PANEL];
+                        (0..used).for_each(|i| to[i] = scale * from[i]);
                     }
                 }
-            } else {
-                let from = &side.data[range.start * side.stride + terms.start..];
-                (self.kernels.lanes.across)(from, side.stride, used, len, panel);
-                if scale != 1.0 {
-                    (self.kernels.lanes.scale)(scale, panel);
-                }
             }
-        });
+        } else {
+            let from = &side.data[range.start * side.stride + terms.start..];
+            (self.kernels.lanes.across)(from, side.stride, used, len, panel);
+            if scale != 1.0 {
+                (self.kernels.lanes.scale)(scale, panel);
+            }
+        }
     }
 }
 

@@ -1,4 +1,6 @@
-//! Random numbers and weights.
+//! Random numbers and weights, and what else several tests need of arithmetic.
+// No test needs all of it.
+#![allow(dead_code)]
 
 use rushlight_quant::formats::Format;
 
@@ -81,4 +83,30 @@ pub fn decode(format: Format, rows: usize, cols: usize, data: &[u8]) -> Vec<f32>
         format.decode(data, out);
     }
     out
+}
+
+/// The slope of `f` along each of `x`, by central differences.
+pub fn differences(x: &[f32], f: &dyn Fn(&[f64]) -> f64) -> Vec<f64> {
+    let mut at: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
+    (0..x.len())
+        .map(|i| {
+            let (middle, step) = (at[i], 1e-5);
+            at[i] = middle + step;
+            let above = f(&at);
+            at[i] = middle - step;
+            let below = f(&at);
+            at[i] = middle;
+            (above - below) / (2.0 * step)
+        })
+        .collect()
+}
+
+/// As f64.
+pub fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|v| f64::from(*v)).collect()
+}
+
+/// Rounded to bf16.
+pub fn bf16(x: f32) -> f64 {
+    half::bf16::from_f32(x).to_f64()
 }

@@ -39,20 +39,24 @@ pub fn memory(model: &Model, method: &Method, rows: usize, checkpointing: Checkp
     let (spec, params) = (&model.spec, 4 * count(model, method)?);
     let adapted = adapted(model, method)?;
     let layers = spec.layers.len();
-    let (mut kept, mut whole) = (0, 0);
+    let (mut inputs, mut kept, mut whole) = (0, 0, 0);
     for i in 0..layers {
         let all = of_layer(spec, &spec.layers[i]) + adapters(model, method, &adapted, i);
-        whole = whole.max(all);
-        kept += if checkpointing.again(i) { spec.hidden_size } else { all };
+        if checkpointing.again(i) {
+            inputs += spec.hidden_size;
+            whole = whole.max(all);
+        } else {
+            kept += all;
+        }
     }
-    // A layer that is computed again is there as a whole while its way back lasts.
-    let again = if (0..layers).any(|i| checkpointing.again(i)) { whole } else { 0 };
+    // A layer that is computed again is there as a whole while its way back lasts; by then those behind it have gone.
+    let again = whole.saturating_sub(kept);
     let chunk = chunk(spec.vocab_size).min(rows);
     let bytes = |per_row: usize| 4 * (rows * per_row) as u64;
     Ok(MemoryEstimate {
         params,
         gradients: params,
-        activations: bytes(kept + spec.hidden_size),
+        activations: bytes(inputs + kept + spec.hidden_size),
         scratch: bytes(again + (0..layers).map(|i| passing(spec, &spec.layers[i])).max().unwrap_or(0)),
         logits: 4 * (chunk * (spec.vocab_size * if spec.logit_softcap.is_some() { 2 } else { 1 })) as u64
             + 4 * (3 * chunk * spec.hidden_size) as u64,

@@ -1,6 +1,6 @@
 //! Derivatives of the element-wise operations.
 
-use super::{clamped_silu, erf, exp, gelu, gelu_tanh, relu, sigmoid, silu};
+use super::{QUERIES, clamped_silu, erf, exp, gelu, gelu_tanh, relu, sigmoid, silu};
 use crate::ops::Activation;
 
 #[inline(always)]
@@ -102,12 +102,49 @@ pub fn soft_cap_backward(cap: f32, y: &[f32], dy: &mut [f32]) {
     }
 }
 
+/// See [`super::Lanes::softmax`].
+#[inline(always)]
+pub fn softmax(s: &mut [f32], most: &mut [f32; QUERIES], total: &mut [f32; QUERIES], shrink: &mut [f32; QUERIES]) {
+    let (rows, _) = s.as_chunks_mut::<QUERIES>();
+    let before = *most;
+    for row in rows.iter() {
+        for i in 0..QUERIES {
+            most[i] = if row[i] > most[i] { row[i] } else { most[i] };
+        }
+    }
+    // Where nothing is seen, minus infinity less minus infinity would be NaN.
+    let mut from = [0f32; QUERIES];
+    for i in 0..QUERIES {
+        from[i] = if most[i] == f32::NEG_INFINITY { 0.0 } else { most[i] };
+        shrink[i] = exp(before[i] - from[i]);
+        total[i] *= shrink[i];
+    }
+    for row in rows {
+        for i in 0..QUERIES {
+            row[i] = exp(row[i] - from[i]);
+            total[i] += row[i];
+        }
+    }
+}
+
+/// See [`super::Lanes::scale_columns`].
+#[inline(always)]
+pub fn scale_columns(by: &[f32; QUERIES], x: &mut [f32]) {
+    for row in x.as_chunks_mut::<QUERIES>().0 {
+        for i in 0..QUERIES {
+            row[i] *= by[i];
+        }
+    }
+}
+
 /// See [`super::Lanes::softmax_backward`].
 #[inline(always)]
 pub fn softmax_backward(lse: &[f32], delta: &[f32], s: &mut [f32], dp: &mut [f32]) {
-    for (((s, dp), lse), delta) in s.iter_mut().zip(dp).zip(lse).zip(delta) {
-        let p = exp(*s - lse);
-        *s = p;
-        *dp = p * (*dp - delta);
+    let (lse, delta) = (&lse.as_chunks::<QUERIES>().0[0], &delta.as_chunks::<QUERIES>().0[0]);
+    for (s, dp) in s.as_chunks_mut::<QUERIES>().0.iter_mut().zip(dp.as_chunks_mut::<QUERIES>().0) {
+        for i in 0..QUERIES {
+            s[i] = exp(s[i] - lse[i]);
+            dp[i] = s[i] * (dp[i] - delta[i]);
+        }
     }
 }

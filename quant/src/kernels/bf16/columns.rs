@@ -1,0 +1,147 @@
+//! Columns of packed weights as panels of bf16, for gradients.
+
+use super::{Factors, STEP, weights};
+use crate::formats::Format;
+use crate::kernels::PANEL;
+use crate::kernels::codes256::{Codes, by_codes};
+use crate::kernels::columns::{PackHalfColumns, Weights, by_weights};
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+pub(super) fn columns(format: Format) -> PackHalfColumns {
+    fn coded<C: Codes>(data: &[u8], row_bytes: usize, rows: usize, columns: Range<usize>, ldb: usize, out: &mut [u16]) {
+        // SAFETY: this table is handed out only where the processor has bf16.
+        unsafe { pack_codes::<C>(data, row_bytes, rows, columns, ldb, out) }
+    }
+    fn other<W: Weights>(
+        data: &[u8],
+        row_bytes: usize,
+        rows: usize,
+        columns: Range<usize>,
+        ldb: usize,
+        out: &mut [u16],
+    ) {
+        // SAFETY: this table is handed out only where the processor has bf16.
+        unsafe { pack_weights::<W>(data, row_bytes, rows, columns, ldb, out) }
+    }
+    match format.is_coded() {
+        true => by_codes!(format, coded),
+        false => by_weights!(PackHalfColumns, format, other),
+    }
+}
+
+/// Two rows of 32 weights as a line of each of two panels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn interleave(a: __m512i, b: __m512i) -> [__m512i; 2] {
+    // Word 2 j is word j of the first row, word 2 j + 1 that of the second (numbered from 32); then from 16 on.
+    let pairs = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let low = _mm512_or_si512(pairs, _mm512_slli_epi32::<16>(_mm512_or_si512(pairs, _mm512_set1_epi32(32))));
+    let high = _mm512_or_si512(low, _mm512_set1_epi32(16 << 16 | 16));
+    [_mm512_permutex2var_epi16(a, low, b), _mm512_permutex2var_epi16(a, high, b)]
+}
+
+/// Makes sure of the panels' size and clears the lines behind the last row.
+pub(super) fn check(rows: usize, panels: usize, ldb: usize, out: &mut [u16]) {
+    let lines = rows.next_multiple_of(STEP) / 2;
+    assert!(panels == 0 || out.len() >= (panels - 1) * ldb + lines * 2 * PANEL);
+    for p in 0..panels {
+        out[p * ldb..][rows / 2 * 2 * PANEL..lines * 2 * PANEL].fill(0);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn pack_codes<C: Codes>(
+    data: &[u8],
+    row_bytes: usize,
+    rows: usize,
+    columns: Range<usize>,
+    ldb: usize,
+    out: &mut [u16],
+) {
+    let (first, last) = (columns.start / 32, columns.end / 32);
+    let total = row_bytes / C::BYTES * C::GROUPS;
+    assert!(columns.start.is_multiple_of(32) && columns.end.is_multiple_of(32) && last <= total);
+    assert!(data.len() >= rows * row_bytes, "weights are shorter than the rows asked for");
+    check(rows, 2 * (last - first), ldb, out);
+    let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; 2];
+    for pair in 0..rows.div_ceil(2) {
+        let used = (rows - 2 * pair).min(2);
+        for run in first / 8..last.div_ceil(8) {
+            let whole = run < total / 8;
+            let groups = first.max(run * 8)..last.min(run * 8 + 8);
+            for r in 0..used {
+                // SAFETY: a run of row `2 pair + r` (asserted above), and sixteen numbers in each array.
+                unsafe {
+                    let at = data.as_ptr().add((2 * pair + r) * row_bytes + run * C::RUN);
+                    let Factors { scale, min } = &mut factors[r];
+                    if whole {
+                        let ([a, b], to) = (C::scales(at), scale.as_mut_ptr());
+                        _mm256_store_ps(to, a);
+                        _mm256_store_ps(to.add(8), b);
+                        if C::HAS_MIN {
+                            let ([a, b], to) = (C::mins(at), min.as_mut_ptr());
+                            _mm256_store_ps(to, a);
+                            _mm256_store_ps(to.add(8), b);
+                        }
+                    } else {
+                        for g in groups.clone() {
+                            let (s, m) = C::scale_and_min(at, g % 8);
+                            (scale[g % 8], min[g % 8]) = (_mm256_cvtss_f32(s), m);
+                        }
+                    }
+                }
+            }
+            for g in groups {
+                let [i, j] = if C::HALVES { [2 * (g % 8), 2 * (g % 8) + 1] } else { [g % 8; 2] };
+                let mut pairs = [_mm512_setzero_si512(); 2];
+                for r in 0..used {
+                    let Factors { scale, min } = &factors[r];
+                    // SAFETY: group `g` of row `2 pair + r`.
+                    unsafe {
+                        let at = data.as_ptr().add((2 * pair + r) * row_bytes + run * C::RUN);
+                        let codes = C::codes(at, g % 8);
+                        pairs[r] = weights::<C>(codes, [scale[i], scale[j]], [min[i], min[j]]);
+                    }
+                }
+                for (h, line) in interleave(pairs[0], pairs[1]).into_iter().enumerate() {
+                    let to = &mut out[(2 * (g - first) + h) * ldb + pair * 2 * PANEL..][..2 * PANEL];
+                    // SAFETY: 64 bytes.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) }
+                }
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn pack_weights<W: Weights>(
+    data: &[u8],
+    row_bytes: usize,
+    rows: usize,
+    columns: Range<usize>,
+    ldb: usize,
+    out: &mut [u16],
+) {
+    let panels = columns.len().div_ceil(PANEL);
+    check(rows, panels, ldb, out);
+    for pair in 0..rows.div_ceil(2) {
+        for p in (0..panels).step_by(2) {
+            let mut pairs = [_mm512_setzero_si512(); 2];
+            for r in 0..(rows - 2 * pair).min(2) {
+                let row = &data[(2 * pair + r) * row_bytes..][..row_bytes];
+                let weights = W::group(row, columns.start / 32 + p / 2);
+                // SAFETY: 32 numbers.
+                pairs[r] = unsafe {
+                    let (low, high) = (_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16)));
+                    std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+                };
+            }
+            for (h, line) in interleave(pairs[0], pairs[1]).into_iter().enumerate().take(panels - p) {
+                let to = &mut out[(p + h) * ldb + pair * 2 * PANEL..][..2 * PANEL];
+                // SAFETY: 64 bytes.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) }
+            }
+        }
+    }
+}
