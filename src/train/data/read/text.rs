@@ -1,16 +1,16 @@
 use super::{Each, Record};
 use anyhow::{Result, bail};
-use std::io::Read;
+use std::io::{BufRead, Read};
 
 /// Bytes of a part, about: enough for its borders not to matter, few enough to set some aside for validation.
 const PART: usize = 64 << 10;
 
 /// A text of any length as one document, in parts that end with a line or, in a text without lines, with a word.
-pub fn read(mut reader: impl Read, each: Each) -> Result<()> {
+pub fn read(mut reader: impl BufRead, each: Each) -> Result<()> {
     let (mut bytes, mut number) = (Vec::new(), 0);
     loop {
-        let got = (&mut reader).take(PART as u64).read_to_end(&mut bytes)?;
-        let last = got < PART;
+        (&mut reader).take(PART as u64).read_to_end(&mut bytes)?;
+        let last = reader.fill_buf()?.is_empty();
         let valid = match std::str::from_utf8(&bytes) {
             Ok(text) => text.len(),
             Err(e) if e.error_len().is_none() && !last => e.valid_up_to(),

@@ -35,8 +35,8 @@ fn published_sets() {
         plain[0].split('\0').map(str::to_owned).collect()
     };
     for (name, used, skipped) in [
-        ("alpaca_data-5k.json", 5000, 0),
-        ("alpaca_gpt4_en-1k.json", 1000, 0),
+        ("alpaca_data-5k.json", 4998, 2),
+        ("alpaca_gpt4_en-1k.json", 999, 0),
         ("alpaca_gpt4_zh-1k.json", 1000, 0),
         ("lima-1k.json", 1029, 0),
         ("fastchat_dummy_conversation-500.json", 500, 0),
