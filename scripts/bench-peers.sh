@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Rushlight and llama.cpp on the same file, measured in turns: tokens per second of each and the ratio of the two, for
-# a prompt and for generation, each after DEPTH tokens. llama.cpp runs with flash attention on and off, and its better
+# a prompt and for generation (of BATCH sequences), each after DEPTH tokens. llama.cpp runs with flash attention on and off, and its better
 # median counts. Builds what is missing; the peer needs cmake, libclang and g++ (see benches/peer).
 #
-# usage: scripts/bench-peers.sh MODEL [--threads "1 2"] [--repeats 5] [--depth "0 512"] [-p 512] [-n 128] [--json FILE]
+# usage: scripts/bench-peers.sh MODEL [--threads "1 2"] [--repeats 5] [--depth "0 512"] [--batch "1 8"] [-p 512] [-n 128] [--json FILE]
 # Environment: RUSHLIGHT=path and PEER=path take these binaries as they are.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,15 +19,16 @@ usage() {
     exit 2
 }
 
-model='' threads='1 2' repeats=5 depth=0 prompt=512 generate=128 json=''
+model='' threads='1 2' repeats=5 depth=0 batch=1 prompt=512 generate=128 json=''
 while [ $# -gt 0 ]; do
     case "$1" in
-    --threads | --repeats | --depth | -p | -n | --json)
+    --threads | --repeats | --depth | --batch | -p | -n | --json)
         [ $# -gt 1 ] || usage
         case "$1" in
         --threads) threads=$2 ;;
         --repeats) repeats=$2 ;;
         --depth) depth=$2 ;;
+        --batch) batch=$2 ;;
         -p) prompt=$2 ;;
         -n) generate=$2 ;;
         --json) json=$2 ;;
@@ -89,12 +90,12 @@ if [ -z "${PEER-}" ]; then
     fi
 fi
 
-exec python3 - "$RUSHLIGHT" "$PEER" "$model" "$threads" "$repeats" "$depth" "$prompt" "$generate" "$json" <<'END'
+exec python3 - "$RUSHLIGHT" "$PEER" "$model" "$threads" "$repeats" "$depth" "$prompt" "$generate" "$json" "$batch" <<'END'
 import json, os, statistics, subprocess, sys
 
 rushlight, peer, model = sys.argv[1:4]
 try:
-    threads, depths = ([int(n) for n in text.split()] for text in (sys.argv[4], sys.argv[6]))
+    threads, depths, batches = ([int(n) for n in text.split()] for text in (sys.argv[4], sys.argv[6], sys.argv[10]))
     repeats, prompt, generate = int(sys.argv[5]), int(sys.argv[7]), int(sys.argv[8])
 except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -122,41 +123,43 @@ except OSError:
     pass
 
 
-def measure(side, count, depth):
-    ours = [rushlight, "bench", model, "-p", str(prompt), "-n", str(generate), "-r", "1",
-            "--threads", str(count), "--depth", str(depth), "--json"]
+def measure(side, count, depth, batch):
+    """Tokens per second of the prompt (with the first batch alone) and of generation."""
+    ours = [rushlight, "bench", model, "-p", str(prompt if batch == batches[0] else 0), "-n", str(generate), "-r", "1",
+            "--threads", str(count), "--depth", str(depth), "--batch", str(batch), "--json"]
     if side == "rushlight":
-        return run(ours)
-    return run([peer] + ours[1:] + ["--flash-attn", side])
+        rates = run(ours)["runs"][0]["rates"]
+        return {rate["work"]: rate["tokens_per_second"] for rate in rates}
+    answer = run([peer] + ours[1:] + ["--flash-attn", side])
+    return {work: answer[work]["tokens_per_second"] for work in ["prompt", "generation"]}
 
 
 SIDES = ["rushlight", "off", "on"]
 results = []
 print(f"{os.path.basename(model)}: prompt {prompt} tokens, generation {generate} tokens, medians of {repeats} rounds")
-print(f"{'threads':>7} {'depth':>6} {'work':<11} {'rushlight t/s':>13} {'llama.cpp t/s':>13} {'flash':>5} {'ratio':>6} {'range':>13}")
-for count in threads:
-    for depth in depths:
-        rounds = {side: [] for side in SIDES}
-        for turn in range(repeats):
-            # Back and forth, so that a machine that slows down or speeds up favours nobody.
-            for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
-                rounds[side].append(measure(side, count, depth))
-                print(f"\rround {turn + 1}/{repeats}: {side:<9}", end="", file=sys.stderr, flush=True)
-        print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
-        for work in ["prompt", "generation"]:
-            if (prompt if work == "prompt" else generate) == 0:
-                continue
-            rates = {side: [r[work]["tokens_per_second"] for r in rounds[side]] for side in SIDES}
-            best = max(["off", "on"], key=lambda side: statistics.median(rates[side]))
-            ratios = [a / b for a, b in zip(rates["rushlight"], rates[best])]
-            row = {
-                "threads": count, "work": work, "depth": depth,
-                "rushlight": statistics.median(rates["rushlight"]), "llama_cpp": statistics.median(rates[best]),
-                "flash_attention": best, "ratio": statistics.median(ratios), "rounds": rates,
-            }
-            results.append(row)
-            print(f"{count:>7} {depth:>6} {work:<11} {row['rushlight']:>13.1f} {row['llama_cpp']:>13.1f} {best:>5} "
-                  f"{row['ratio']:>6.2f} {min(ratios):>6.2f}-{max(ratios):<6.2f}", flush=True)
+print(f"{'threads':>7} {'depth':>6} {'batch':>5} {'work':<11} {'rushlight t/s':>13} {'llama.cpp t/s':>13} {'flash':>5} {'ratio':>6} {'range':>13}")
+for count, depth, batch in ((c, d, b) for c in threads for d in depths for b in batches):
+    rounds = {side: [] for side in SIDES}
+    for turn in range(repeats):
+        # Back and forth, so that a machine that slows down or speeds up favours nobody.
+        for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+            rounds[side].append(measure(side, count, depth, batch))
+            print(f"\rround {turn + 1}/{repeats}: {side:<9}", end="", file=sys.stderr, flush=True)
+    print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
+    for work in ["prompt", "generation"]:
+        if work not in rounds["rushlight"][0]:
+            continue
+        rates = {side: [r[work] for r in rounds[side]] for side in SIDES}
+        best = max(["off", "on"], key=lambda side: statistics.median(rates[side]))
+        ratios = [a / b for a, b in zip(rates["rushlight"], rates[best])]
+        row = {
+            "threads": count, "work": work, "depth": depth, "batch": batch if work == "generation" else 1,
+            "rushlight": statistics.median(rates["rushlight"]), "llama_cpp": statistics.median(rates[best]),
+            "flash_attention": best, "ratio": statistics.median(ratios), "rounds": rates,
+        }
+        results.append(row)
+        print(f"{count:>7} {depth:>6} {row['batch']:>5} {work:<11} {row['rushlight']:>13.1f} {row['llama_cpp']:>13.1f} "
+              f"{best:>5} {row['ratio']:>6.2f} {min(ratios):>6.2f}-{max(ratios):<6.2f}", flush=True)
 if sys.argv[9]:
     with open(sys.argv[9], "w") as out:
         json.dump({"model": model, "prompt": prompt, "generate": generate, "results": results}, out, indent=1)

@@ -66,8 +66,16 @@ fn weights(format: Format, rows: usize, cols: usize) -> Option<Vec<u8>> {
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with("--")).unwrap_or_default();
     let cpu = Cpu::new(number("THREADS", 1), Isa::from_env().expect("an instruction set"));
-    let peak = cpu.peak_arithmetic().unwrap_or(f64::NAN);
-    println!("{} with {} threads: {:.1} Gop/s at most", cpu.isa().name(), cpu.threads(), peak / 1e9);
+    let peaks = cpu.peak_arithmetic();
+    let (f32, bf16) = (peaks.f32.unwrap_or(f64::NAN), peaks.bf16.unwrap_or(f64::NAN));
+    println!(
+        "{} with {} threads: at most {:.1} Gop/s in f32, {:.1} in bf16; shares are of the larger",
+        cpu.isa().name(),
+        cpu.threads(),
+        f32 / 1e9,
+        bf16 / 1e9
+    );
+    let peak = f32.max(bf16);
     let report = Report { cpu, peak, filter };
     let cpu = &report.cpu;
     let half = &Cpu::new(cpu.threads(), cpu.isa()).with_half_attention(true);

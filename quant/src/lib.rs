@@ -14,4 +14,5 @@ pub mod threads;
 
 pub use cpu::{Cpu, physical_cores};
 pub use kernels::Isa;
+pub use limits::PeakArithmetic;
 pub use matmul::{Matrix, Phase, PromptRounding};

@@ -27,21 +27,38 @@ impl Cpu {
         (4 * NUMBERS) as f64 / best.as_secs_f64()
     }
 
-    /// Operations a second (a multiplication and an addition are two) that the team reaches, in registers, with the
-    /// instructions that multiply a prompt's rows: bf16 tiles with AMX, else 8-bit integers. The best of several short
-    /// runs; `None` where the instruction set in use has no such measure here.
-    pub fn peak_arithmetic(&self) -> Option<f64> {
-        let peak = self.kernels.peak?;
-        let tasks = self.threads();
+    /// What the team's arithmetic reaches in registers: the best of several short runs of each kind.
+    pub fn peak_arithmetic(&self) -> PeakArithmetic {
+        let kernels = self.kernels.peaks;
+        PeakArithmetic {
+            int8: kernels.int8.map(|peak| self.operations(peak)),
+            bf16: kernels.bf16.map(|peak| self.operations(peak)),
+            f32: kernels.f32.map(|peak| self.operations(peak)),
+        }
+    }
+
+    fn operations(&self, peak: fn(u64) -> u64) -> f64 {
         let mut best = 0f64;
         for _ in 0..8 {
             let start = Instant::now();
             let total = AtomicU64::new(0);
-            self.team.run(tasks, &|_| {
+            self.team.run(self.threads(), &|_| {
                 total.fetch_add(peak(200_000), Ordering::Relaxed);
             });
             best = best.max(total.into_inner() as f64 / start.elapsed().as_secs_f64());
         }
-        Some(best)
+        best
     }
+}
+
+/// Operations a second (a multiplication and an addition are two) by kind of number, with the instruction set in use;
+/// `None` for what it lacks or is not measured here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PeakArithmetic {
+    /// 8-bit integers.
+    pub int8: Option<f64>,
+    /// bf16: vectors, or tiles with AMX.
+    pub bf16: Option<f64>,
+    /// Single precision.
+    pub f32: Option<f64>,
 }

@@ -289,6 +289,19 @@ impl Cpu {
         self.team.run(tasks.len(), &|t| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
+            if n > 1
+                && w.format.is_coded()
+                && let Some(together) = (self.kernels.dot_batch)(w.format)
+            {
+                let mut tile = vec![0.0; n * rows.len()];
+                let data = &w.data[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
+                together(data, quantized, 0..n, &mut tile);
+                for (r, from) in tile.chunks_exact(rows.len()).enumerate() {
+                    // SAFETY: a row range of a matrix belongs to one task.
+                    unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) }.copy_from_slice(from);
+                }
+                return;
+            }
             // Several sequences take turns at a part that stays in the nearest cache.
             let step = if n == 1 { rows.len() } else { (16384 / w.row_bytes().max(1)).next_multiple_of(8) };
             for start in rows.clone().step_by(step.max(1)) {

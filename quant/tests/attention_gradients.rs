@@ -150,8 +150,11 @@ fn attention_of_every_kind_goes_back() {
             let want = reference(&spec, &sequences, given, sinks.as_deref());
             for (isa, half) in isas().flat_map(|isa| [(isa, false), (isa, true)]) {
                 let mut first: Option<[Vec<f32>; 5]> = None;
-                for threads in [1, 2, 3] {
+                for threads in [1, 3] {
                     let cpu = Cpu::new(threads, isa).with_half_attention(half);
+                    if half && !cpu.prompts_in_bf16() {
+                        continue;
+                    }
                     let (mut out, mut lse) = (vec![0.0; dout.len()], vec![f32::NAN; rows * heads]);
                     cpu.attention_train(&spec, &sequences, &q, &k, &v, &mut out, &mut lse);
                     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);

@@ -183,7 +183,7 @@ fn prompts_can_be_rounded_as_ggml_rounds_them() {
         for ((format, data), out) in formats.iter().zip(&data).zip(&out) {
             let w = decode(*format, rows, cols, data);
             let rounded: Vec<f32> = rounded_over(format.block_len().max(32), &x).iter().map(|x| *x as f32).collect();
-            let (want, size) = reference((Format::F32, Phase::Prompt, Isa::Scalar), &rounded, &w, cols);
+            let (want, size) = reference(Format::F32, Phase::Prompt, &Cpu::new(1, Isa::Scalar), &rounded, &w, cols);
             for ((got, want), size) in out.iter().zip(&want).zip(&size) {
                 assert!((f64::from(*got) - want).abs() <= 1e-5 * size + 1e-6, "{format} {}", cpu.isa().name());
             }

@@ -1,32 +1,47 @@
 //! `rushlight bench`: tokens per second, and what share that is of what the machine can do.
 
-use super::{Global, ModelOptions, Progress, print_json, size};
-use crate::engine::model::Engine;
+use super::options::adapter;
+use super::{Global, Progress, print_json, size};
+use crate::engine::{Engine, Options};
+use crate::store::Store;
 use anyhow::{Result, bail};
+use rushlight_quant::PeakArithmetic;
 use serde::Serialize;
 use std::io::Write;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Measure tokens per second for prompt and generation
 ///
-/// Generation reads every weight once a token: its limit is the machine's read bandwidth. A prompt takes two
-/// operations a weight and token: its limit is the machine's arithmetic. Both limits are measured in the same run.
+/// Generation reads every weight once a step: its limit is the machine's read bandwidth, or its arithmetic where many
+/// sequences share a step. A prompt takes two operations a weight and token: its limit is the machine's arithmetic.
+/// Limits are measured in the same run.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    #[command(flatten)]
-    pub model: ModelOptions,
+    /// A .gguf file, a Hugging Face directory, or a name in the store
+    pub model: String,
+    /// Threads, one number or several with commas (default: the physical cores)
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    pub threads: Vec<NonZeroUsize>,
+    /// Tokens in the context before either is measured
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
+    pub depth: Vec<usize>,
+    /// Sequences that generate together
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<NonZeroUsize>,
     /// Tokens of the prompt
     #[arg(short = 'p', long, value_name = "N", default_value_t = 512)]
     pub prompt: usize,
-    /// Tokens to generate
+    /// Tokens to generate, for each sequence
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     pub generate: usize,
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5)]
     pub repetitions: usize,
-    /// Tokens in the context before either is measured
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub depth: usize,
+    /// An adapter, with its strength if that is not 1; may be repeated
+    #[arg(long = "adapter", value_name = "A[=SCALE]", value_parser = adapter)]
+    pub adapters: Vec<(PathBuf, f32)>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -36,33 +51,49 @@ pub struct Args {
 struct Report {
     model: String,
     isa: &'static str,
+    runs: Vec<Run>,
+}
+
+/// What was measured with one number of threads.
+#[derive(Serialize)]
+struct Run {
     threads: usize,
-    depth: usize,
+    /// Until the model could take a token. Nothing is repacked: weights are used as the file has them.
     load_seconds: f64,
     machine: Machine,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt: Option<Rate>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    generation: Option<Rate>,
+    rates: Vec<Rate>,
 }
 
 #[derive(Serialize)]
 struct Machine {
     /// Bytes a second.
     read_bandwidth: f64,
-    /// Operations a second with the instructions that multiply a prompt, where that is measured.
-    peak_arithmetic: Option<f64>,
+    peak_arithmetic: Peaks,
+}
+
+/// Operations a second, by kind of number.
+#[derive(Serialize)]
+struct Peaks {
+    int8: Option<f64>,
+    bf16: Option<f64>,
+    f32: Option<f64>,
 }
 
 #[derive(Serialize)]
 struct Rate {
+    /// "prompt" or "generation".
+    work: &'static str,
+    /// Of each sequence.
     tokens: usize,
     depth: usize,
-    /// The median of the repetitions.
+    batch: usize,
+    /// The median of the repetitions; of all sequences together.
     tokens_per_second: f64,
     slowest: f64,
     fastest: f64,
-    /// Of the machine's limit: arithmetic for a prompt, bandwidth for generation.
+    /// What bounds it: "bandwidth" or "arithmetic".
+    limit: &'static str,
+    /// How much of that it reaches, where the limit is known.
     share: Option<f64>,
 }
 
@@ -71,93 +102,194 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     if args.repetitions == 0 || args.prompt + args.generate == 0 {
         bail!("nothing to measure: give at least one repetition (-r) of a prompt (-p) or of generation (-n)");
     }
-    let path = args.model.path()?;
-    let needed = args.depth + args.prompt.max(args.generate);
-    let start = Instant::now();
-    let mut engine = Engine::open(&path, &args.model.engine(Some(needed)))?;
-    let load_seconds = start.elapsed().as_secs_f64();
+    let path = Store::open()?.resolve(&args.model)?;
+    let threads: Vec<Option<usize>> = match &args.threads[..] {
+        [] => vec![None],
+        some => some.iter().map(|n| Some(n.get())).collect(),
+    };
+    let (mut runs, mut isa) = (Vec::new(), "");
+    let turns = threads.len() * args.depth.len() * (1 + args.batch.len());
+    let mut progress = Progress::count(global.quiet, "bench", turns as u64);
+    let mut done = 0..;
+    for threads in threads {
+        let deepest = args.depth.iter().max().copied().unwrap_or(0);
+        let slots = args.batch.iter().max().map_or(1, |n| n.get());
+        let context = Some(deepest + args.prompt.max(args.generate));
+        let options = Options { threads, context, slots, adapters: args.adapters.clone(), ..Options::default() };
+        let start = Instant::now();
+        let mut engine = Engine::open(&path, &options)?;
+        let load_seconds = start.elapsed().as_secs_f64();
+        isa = engine.isa().name();
+        let mut measured = Vec::new();
+        let ids = fixed_ids(deepest + args.prompt.max(args.generate), engine.vocab_size());
+        warm(&mut engine, &ids)?;
+        for &depth in &args.depth {
+            if args.prompt > 0 {
+                measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args)?));
+            }
+            progress.at(done.next().unwrap_or(0) + 1, "");
+            for batch in args.batch.iter().map(|n| n.get()) {
+                if args.generate > 0 {
+                    measured.push(("generation", depth, batch, generation(&mut engine, &ids, depth, batch, args)?));
+                }
+                progress.at(done.next().unwrap_or(0) + 1, "");
+            }
+        }
+        // Last, because it empties the caches and heats the processor.
+        let peaks = engine.cpu().peak_arithmetic();
+        let machine = Machine {
+            read_bandwidth: engine.cpu().read_bandwidth(),
+            peak_arithmetic: Peaks { int8: peaks.int8, bf16: peaks.bf16, f32: peaks.f32 },
+        };
+        let limits = Limits::new(&engine, machine.read_bandwidth, &peaks);
+        let rate = |(work, depth, batch, rates): (&'static str, usize, usize, Vec<f64>)| {
+            let tokens = if work == "prompt" { args.prompt } else { args.generate };
+            let (limit, most) = match work {
+                "prompt" => ("arithmetic", limits.prompt),
+                _ => limits.generation(batch, depth + tokens / 2),
+            };
+            let (slowest, median, fastest) = spread(rates);
+            let share = most.map(|most| median / most);
+            Rate { work, tokens, depth, batch, tokens_per_second: median, slowest, fastest, limit, share }
+        };
+        let rates = measured.into_iter().map(rate).collect();
+        runs.push(Run { threads: engine.threads(), load_seconds, machine, rates });
+    }
+    progress.finish();
+    let report = Report { model: path.display().to_string(), isa, runs };
+    if args.json { print_json(&report) } else { print(&report) }
+}
 
-    let vocabulary = engine.vocab_size() as u64;
-    // Fixed ids all over the vocabulary: every run and every program can be given the same.
-    let ids: Vec<u32> = (0..needed as u64).map(|i| ((i * 7919 + 13) % vocabulary) as u32).collect();
-    let mut progress = Progress::count(global.quiet, "bench", args.repetitions as u64);
+/// Fixed ids all over the vocabulary: every run and every program can be given the same.
+fn fixed_ids(count: usize, vocabulary: usize) -> Vec<u32> {
+    (0..count as u64).map(|i| ((i * 7919 + 13) % vocabulary as u64) as u32).collect()
+}
+
+/// A turn that is not measured: pages and buffers are there afterwards.
+fn warm(engine: &mut Engine, ids: &[u32]) -> Result<()> {
     engine.prompt(0, &ids[..1], &mut |_| true)?;
     engine.step(&[(0, ids[0])])?;
     engine.truncate(0, 0);
-    if args.depth > 0 {
-        engine.prompt(0, &ids[..args.depth], &mut |_| true)?;
-    }
-    let (mut prompt, mut generation) = (Vec::new(), Vec::new());
-    for repetition in 0..args.repetitions {
-        if args.prompt > 0 {
-            let start = Instant::now();
-            engine.prompt(0, &ids[args.depth..args.depth + args.prompt], &mut |_| true)?;
-            prompt.push(args.prompt as f64 / start.elapsed().as_secs_f64());
-            engine.truncate(0, args.depth);
-        }
-        if args.generate > 0 {
-            let start = Instant::now();
-            for &id in &ids[args.depth..args.depth + args.generate] {
-                engine.step(&[(0, id)])?;
-            }
-            generation.push(args.generate as f64 / start.elapsed().as_secs_f64());
-            engine.truncate(0, args.depth);
-        }
-        progress.at(repetition as u64 + 1, "");
-    }
-    progress.finish();
-    // Last, because it empties the caches and heats the processor.
-    let machine =
-        Machine { read_bandwidth: engine.cpu().read_bandwidth(), peak_arithmetic: engine.cpu().peak_arithmetic() };
+    Ok(())
+}
 
-    let read = engine.model().linears().map(|l| l.weight().data().len() as f64).sum::<f64>();
-    // The cache as it is half way through.
-    let cached = (args.depth + args.generate / 2) as f64 * engine.memory().kv_per_token as f64;
-    // The head works on the prompt's last token alone.
-    let head = &engine.model().head;
-    let weights = |l: &rushlight_models::model::Linear| (l.weight().rows() * l.weight().cols()) as f64;
-    let operations = 2.0 * (engine.model().linears().map(weights).sum::<f64>() - weights(head));
-    let peak = machine.peak_arithmetic;
-    let report = Report {
-        model: path.display().to_string(),
-        isa: engine.isa().name(),
-        threads: engine.threads(),
-        depth: args.depth,
-        load_seconds,
-        prompt: rate(args.prompt, args.depth, prompt, |t| peak.map(|peak| t * operations / peak)),
-        generation: rate(args.generate, args.depth, generation, |t| Some(t * (read + cached) / machine.read_bandwidth)),
-        machine,
-    };
-    if args.json {
-        return print_json(&report);
-    }
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{} on {} threads ({}), ready in {:.2} s", report.model, report.threads, report.isa, load_seconds)?;
-    let bandwidth = size(report.machine.read_bandwidth as u64);
-    match report.machine.peak_arithmetic {
-        Some(peak) => writeln!(out, "limits: reads {bandwidth}/s, {:.2} TOP/s", peak / 1e12)?,
-        None => writeln!(out, "limits: reads {bandwidth}/s")?,
-    }
-    for (name, rate, limit) in
-        [("prompt", &report.prompt, "arithmetic"), ("generation", &report.generation, "bandwidth")]
-    {
-        let Some(rate) = rate else { continue };
-        let depth = if rate.depth > 0 { format!(" after {}", rate.depth) } else { String::new() };
-        let share = rate.share.map_or(String::new(), |s| format!(", {:.0} % of the {limit}", 100.0 * s));
-        writeln!(
-            out,
-            "{name:<10} {:>5} tokens{depth}: {:.1} tokens/s ({:.1} to {:.1}){share}",
-            rate.tokens, rate.tokens_per_second, rate.slowest, rate.fastest
-        )?;
+/// Fills `slot` up to `depth` tokens.
+fn fill(engine: &mut Engine, slot: usize, ids: &[u32], depth: usize) -> Result<()> {
+    engine.truncate(slot, depth);
+    let held = engine.len(slot);
+    if held < depth {
+        engine.prompt(slot, &ids[held..depth], &mut |_| true)?;
     }
     Ok(())
 }
 
-/// The median of the rates; `None` where there are none.
-fn rate(tokens: usize, depth: usize, mut rates: Vec<f64>, share: impl Fn(f64) -> Option<f64>) -> Option<Rate> {
+/// Tokens a second of each repetition of a prompt behind `depth` tokens.
+fn prompt(engine: &mut Engine, ids: &[u32], depth: usize, args: &Args) -> Result<Vec<f64>> {
+    let mut rates = Vec::new();
+    for _ in 0..args.repetitions {
+        fill(engine, 0, ids, depth)?;
+        let start = Instant::now();
+        engine.prompt(0, &ids[depth..depth + args.prompt], &mut |_| true)?;
+        rates.push(args.prompt as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(rates)
+}
+
+/// Tokens a second of `batch` sequences together, each behind `depth` tokens.
+fn generation(engine: &mut Engine, ids: &[u32], depth: usize, batch: usize, args: &Args) -> Result<Vec<f64>> {
+    let mut rates = Vec::new();
+    for _ in 0..args.repetitions {
+        for slot in 0..batch {
+            fill(engine, slot, ids, depth)?;
+        }
+        let start = Instant::now();
+        for &id in &ids[depth..depth + args.generate] {
+            let next: Vec<(usize, u32)> = (0..batch).map(|slot| (slot, id)).collect();
+            engine.step(&next)?;
+        }
+        rates.push((batch * args.generate) as f64 / start.elapsed().as_secs_f64());
+    }
+    for slot in 0..batch {
+        engine.truncate(slot, depth);
+    }
+    Ok(rates)
+}
+
+/// What the machine allows a model.
+struct Limits {
+    bandwidth: f64,
+    /// Bytes of weights, and of the cache for each position.
+    weights: f64,
+    position: f64,
+    /// Tokens of a prompt a second.
+    prompt: Option<f64>,
+    /// Generated tokens a second that arithmetic allows.
+    steps: Option<f64>,
+}
+
+impl Limits {
+    fn new(engine: &Engine, bandwidth: f64, peaks: &PeakArithmetic) -> Limits {
+        let model = engine.model();
+        let weights = |l: &rushlight_models::model::Linear| (l.weight().rows() * l.weight().cols()) as f64;
+        let all = 2.0 * model.linears().map(weights).sum::<f64>();
+        // The head works on the prompt's last token alone.
+        let layers = all - 2.0 * weights(&model.head);
+        let prompts = match (model.is_float(), engine.cpu().prompts_in_bf16()) {
+            (true, _) => peaks.f32,
+            (false, true) => peaks.bf16,
+            (false, false) => peaks.int8,
+        };
+        Limits {
+            bandwidth,
+            weights: model.linears().map(|l| l.weight().data().len() as f64).sum(),
+            position: engine.memory().kv_per_token as f64,
+            prompt: prompts.map(|peak| peak / layers),
+            steps: if model.is_float() { peaks.f32 } else { peaks.int8 }.map(|peak| peak / all),
+        }
+    }
+
+    /// What bounds `batch` sequences of `context` tokens each, and at how many tokens a second.
+    fn generation(&self, batch: usize, context: usize) -> (&'static str, Option<f64>) {
+        let batch = batch as f64;
+        let reads = batch * self.bandwidth / (self.weights + batch * context as f64 * self.position);
+        match self.steps {
+            Some(steps) if steps < reads => ("arithmetic", Some(steps)),
+            _ => ("bandwidth", Some(reads)),
+        }
+    }
+}
+
+/// The slowest, the median and the fastest.
+fn spread(mut rates: Vec<f64>) -> (f64, f64, f64) {
     rates.sort_by(f64::total_cmp);
-    let (slowest, fastest) = (*rates.first()?, *rates.last()?);
     let middle = rates.len() / 2;
     let median = if rates.len() % 2 == 1 { rates[middle] } else { (rates[middle - 1] + rates[middle]) / 2.0 };
-    Some(Rate { tokens, depth, tokens_per_second: median, slowest, fastest, share: share(median) })
+    (rates[0], median, rates[rates.len() - 1])
+}
+
+fn print(report: &Report) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for run in &report.runs {
+        let Run { threads, load_seconds, machine, .. } = run;
+        writeln!(out, "{} on {threads} threads ({}), ready in {load_seconds:.2} s", report.model, report.isa)?;
+        write!(out, "limits: reads {}/s", size(machine.read_bandwidth as u64))?;
+        let peaks = &machine.peak_arithmetic;
+        for (name, peak) in [("int8", peaks.int8), ("bf16", peaks.bf16), ("f32", peaks.f32)] {
+            if let Some(peak) = peak {
+                write!(out, ", {name} {:.2} TOP/s", peak / 1e12)?;
+            }
+        }
+        writeln!(out)?;
+        for rate in &run.rates {
+            let depth = if rate.depth > 0 { format!(" after {}", rate.depth) } else { String::new() };
+            let batch = if rate.batch > 1 { format!(" x {} sequences", rate.batch) } else { String::new() };
+            let share = rate.share.map_or(String::new(), |s| format!(", {:.0} % of the {}", 100.0 * s, rate.limit));
+            writeln!(
+                out,
+                "{:<10} {:>5} tokens{batch}{depth}: {:.1} tokens/s ({:.1} to {:.1}){share}",
+                rate.work, rate.tokens, rate.tokens_per_second, rate.slowest, rate.fastest
+            )?;
+        }
+    }
+    Ok(())
 }

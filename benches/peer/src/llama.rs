@@ -91,16 +91,22 @@ impl Model {
         Ok(ids)
     }
 
-    /// A context for one sequence of up to `len` tokens, in chunks of at most 512.
-    pub fn context(&self, len: usize, threads: usize, attention: FlashAttention) -> Result<Context<'_>> {
+    /// A context for `sequences` of up to `len` tokens each, in chunks of at most 512.
+    pub fn context(
+        &self,
+        len: usize,
+        sequences: usize,
+        threads: usize,
+        attention: FlashAttention,
+    ) -> Result<Context<'_>> {
         let small = |n: usize| u32::try_from(n).map_err(|_| format!("{n} is too large"));
         // SAFETY: the model outlives the context (by the lifetime); the parameters start from the defaults.
         let context = unsafe {
             let mut params = sys::llama_context_default_params();
-            params.n_ctx = small(len)?;
-            params.n_batch = small(len.clamp(1, 2048))?;
-            params.n_ubatch = small(len.clamp(1, 512))?;
-            params.n_seq_max = 1;
+            params.n_ctx = small(len.saturating_mul(sequences))?;
+            params.n_batch = small(len.clamp(1, 2048).max(sequences))?;
+            params.n_ubatch = small(len.clamp(1, 512).max(sequences))?;
+            params.n_seq_max = small(sequences)?;
             params.n_threads = i32::try_from(threads).map_err(|_| "too many threads".to_owned())?;
             params.n_threads_batch = params.n_threads;
             params.flash_attn_type = match attention {
@@ -148,6 +154,28 @@ impl Context<'_> {
             }
             let status = sys::llama_decode(self.context.as_ptr(), batch);
             sys::llama_synchronize(self.context.as_ptr());
+            status
+        };
+        if status == 0 { Ok(()) } else { Err(format!("llama_decode failed with status {status}")) }
+    }
+
+    /// Appends each token to its sequence, at its position, and waits until the results are there.
+    pub fn decode_in(&mut self, tokens: &[(Token, usize, usize)]) -> Result<()> {
+        let n = i32::try_from(tokens.len()).map_err(|_| "too many tokens at once".to_owned())?;
+        // SAFETY: the batch has room for n tokens of one sequence each, all of which are written; it is freed once.
+        let status = unsafe {
+            let mut batch = sys::llama_batch_init(n, 0, 1);
+            batch.n_tokens = n;
+            for (i, &(token, position, sequence)) in tokens.iter().enumerate() {
+                *batch.token.add(i) = token;
+                *batch.pos.add(i) = position as sys::llama_pos;
+                *batch.n_seq_id.add(i) = 1;
+                **batch.seq_id.add(i) = sequence as sys::llama_seq_id;
+                *batch.logits.add(i) = 1;
+            }
+            let status = sys::llama_decode(self.context.as_ptr(), batch);
+            sys::llama_synchronize(self.context.as_ptr());
+            sys::llama_batch_free(batch);
             status
         };
         if status == 0 { Ok(()) } else { Err(format!("llama_decode failed with status {status}")) }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use llama::{Context, FlashAttention, Model, Result, Token};
 
 const USAGE: &str = "usage:
-  rushlight-peer bench MODEL [--threads N] [-p 512] [-n 128] [--depth 0] [-r 5] [--flash-attn auto|on|off]
+  rushlight-peer bench MODEL [--threads N] [-p 512] [-n 128] [--depth 0] [--batch 1] [-r 5] [--flash-attn auto|on|off]
   rushlight-peer quantize IN OUT --type Q4_K_M [--threads N]
   rushlight-peer logits MODEL --ids 1,2,3 [--all] [--greedy N] [--threads N] [--flash-attn auto|on|off]
   rushlight-peer perplexity MODEL -f FILE [--chunks N] [--ctx 512] [--threads N] [--flash-attn auto|on|off]
@@ -69,6 +69,7 @@ fn dispatch(args: &mut Arguments) -> Answer<String> {
                 prompt: args.number("-p", 512)?,
                 generate: args.number("-n", 128)?,
                 depth: args.number("--depth", 0)?,
+                batch: args.number("--batch", 1)?.max(1),
                 repeats: args.number("-r", 5)?.max(1),
                 threads,
                 attention,
@@ -122,6 +123,8 @@ struct Plan {
     prompt: usize,
     generate: usize,
     depth: usize,
+    /// Sequences that generate together.
+    batch: usize,
     repeats: usize,
     threads: usize,
     attention: FlashAttention,
@@ -134,7 +137,10 @@ fn bench(path: &Path, plan: &Plan) -> Result<String> {
     let model = Model::open(path, false)?;
     let load = start.elapsed().as_secs_f64();
     let prompt = rates(&model, plan, plan.prompt, 512)?;
-    let generation = rates(&model, plan, plan.generate, 1)?;
+    let generation = match plan.batch {
+        1 => rates(&model, plan, plan.generate, 1)?,
+        batch => rates_together(&model, plan, batch)?,
+    };
     Ok(format!(
         "{{\"prompt\":{{\"tokens\":{},\"depth\":{},\"tokens_per_second\":{:.3},\"runs\":{prompt:?}}},\
          \"generation\":{{\"tokens\":{},\"depth\":{},\"tokens_per_second\":{:.3},\"runs\":{generation:?}}},\
@@ -163,7 +169,7 @@ fn rates(model: &Model, plan: &Plan, count: usize, batch: usize) -> Result<Vec<f
     }
     let ids = fixed_ids(plan.depth + count, model.vocab_size());
     let (before, timed) = ids.split_at(plan.depth);
-    let mut context = model.context(ids.len(), plan.threads, plan.attention)?;
+    let mut context = model.context(ids.len(), 1, plan.threads, plan.attention)?;
     let fill =
         |context: &mut Context, ids: &[Token], batch| ids.chunks(batch).try_for_each(|b| context.decode(b, false));
     fill(&mut context, &timed[..batch.min(count)], batch)?;
@@ -174,6 +180,34 @@ fn rates(model: &Model, plan: &Plan, count: usize, batch: usize) -> Result<Vec<f
         let start = Instant::now();
         fill(&mut context, timed, batch)?;
         rates.push(count as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(rates)
+}
+
+/// Tokens per second of each repeat, of all sequences: `batch` of them, each after the plan's depth.
+fn rates_together(model: &Model, plan: &Plan, batch: usize) -> Result<Vec<f64>> {
+    let ids = fixed_ids(plan.depth + plan.generate, model.vocab_size());
+    let mut context = model.context(ids.len().max(1), batch, plan.threads, plan.attention)?;
+    let step = |context: &mut Context, position: usize| {
+        context.decode_in(&(0..batch).map(|s| (ids[position], position, s)).collect::<Vec<_>>())
+    };
+    let mut rates = Vec::new();
+    for turn in 0..plan.repeats + 1 {
+        context.clear();
+        for sequence in 0..batch {
+            for start in (0..plan.depth).step_by(512) {
+                let range = start..plan.depth.min(start + 512);
+                context.decode_in(&range.map(|i| (ids[i], i, sequence)).collect::<Vec<_>>())?;
+            }
+        }
+        if turn == 0 {
+            // Not timed: as in `rates`.
+            step(&mut context, plan.depth)?;
+            continue;
+        }
+        let start = Instant::now();
+        (plan.depth..ids.len()).try_for_each(|position| step(&mut context, position))?;
+        rates.push((batch * plan.generate) as f64 / start.elapsed().as_secs_f64());
     }
     Ok(rates)
 }
@@ -217,7 +251,7 @@ fn logits(
     if let Some(id) = ids.iter().find(|&&id| id < 0 || id as usize >= model.vocab_size()) {
         return Err(format!("id {id} is not in the vocabulary of {} tokens", model.vocab_size()));
     }
-    let mut context = model.context(ids.len() + greedy, threads, attention)?;
+    let mut context = model.context(ids.len() + greedy, 1, threads, attention)?;
     let mut positions = Vec::new();
     for (i, chunk) in ids.chunks(512).enumerate() {
         context.decode(chunk, all)?;
@@ -265,7 +299,7 @@ fn perplexity(
     if chunks == 0 {
         return Err(format!("{}: {} tokens are fewer than one chunk of {ctx}", file.display(), ids.len()));
     }
-    let mut context = model.context(ctx, threads, attention)?;
+    let mut context = model.context(ctx, 1, threads, attention)?;
     let (mut sum, mut count) = (0.0, 0usize);
     for (done, chunk) in ids.chunks_exact(ctx).take(chunks).enumerate() {
         let mut input = chunk.to_vec();

@@ -9,7 +9,7 @@
 //! block to block, within one call.
 
 use super::bf16::{self, ROWS, STEP};
-use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512};
+use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512, peaks};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -55,7 +55,12 @@ fn ask_permission() -> bool {
 }
 
 pub(super) fn kernels() -> Kernels {
-    Kernels { isa: Isa::Amx, half: Some(HalfKernels { mul, ..bf16::KERNELS }), peak: Some(peak), ..avx512::kernels() }
+    Kernels {
+        isa: Isa::Amx,
+        half: Some(HalfKernels { mul, ..bf16::KERNELS }),
+        peaks: peaks::amx(),
+        ..avx512::kernels()
+    }
 }
 
 /// The shapes of the eight tiles, as LDTILECFG reads them: all are 16 rows of 64 bytes.
@@ -161,7 +166,7 @@ unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f3
 }
 
 /// Keeps the matrix unit busy with tiles that are already there.
-fn peak(steps: u64) -> u64 {
+pub(super) fn peak(steps: u64) -> u64 {
     let config = Config::new();
     let rounds = steps / 256;
     for _ in 0..rounds {

@@ -1,8 +1,10 @@
 //! AVX2 with FMA and F16C: 256-bit registers, bytes multiplied in pairs.
 
-use super::codes256::{self, Codes, Dot, add_across, by_codes};
+use super::codes256::{Codes, Dot, by_codes};
 use super::columns::compiled_columns;
+use super::few256::{self, add_across};
 use super::lanes::{compiled, compiled_lanes};
+use super::peaks;
 use super::scalar::{self, pack_codes_of};
 use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
@@ -21,6 +23,7 @@ pub(super) fn kernels() -> Kernels {
         isa: Isa::Avx2,
         biased_codes: false,
         quantize: compiled!("avx2,fma,f16c", scalar::quantize, (x: &[f32], out: QuantizedRowMut<'_>)),
+        dot_batch: |_| None,
         dot_codes,
         dot_floats,
         pack_codes,
@@ -30,8 +33,9 @@ pub(super) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        half_heads: None,
         half: None,
-        peak: Some(peak),
+        peaks: peaks::AVX2,
         lanes: compiled_lanes!("avx2,fma,f16c"),
     }
 }
@@ -73,7 +77,7 @@ fn dot_codes(format: Format) -> DotCodes {
         #[target_feature(enable = "avx2,fma,f16c")]
         fn inner<C: Codes>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
             // SAFETY: this function's features.
-            unsafe { codes256::dot_codes::<C, Pairs>(data, x, out) }
+            unsafe { few256::dot_codes::<C, Pairs>(data, x, out) }
         }
         // SAFETY: this table is handed out only where `available`.
         unsafe { inner::<C>(data, x, out) }
@@ -433,26 +437,4 @@ fn f32_to_f16(src: &[f32], dst: &mut [u16]) {
     assert_eq!(src.len(), dst.len());
     // SAFETY: this table is handed out only where `available`.
     unsafe { inner(src, dst) }
-}
-
-fn peak(steps: u64) -> u64 {
-    #[target_feature(enable = "avx2")]
-    fn inner(steps: u64) -> __m256i {
-        let (mut a, b, ones) = (_mm256_set1_epi8(3), _mm256_set1_epi8(2), _mm256_set1_epi16(1));
-        let mut acc = [_mm256_setzero_si256(); 8];
-        for _ in 0..steps {
-            a = std::hint::black_box(a);
-            for acc in &mut acc {
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(_mm256_maddubs_epi16(a, *acc), ones));
-            }
-        }
-        let mut sum = b;
-        for acc in acc {
-            sum = _mm256_add_epi32(sum, acc);
-        }
-        sum
-    }
-    // SAFETY: this table is handed out only where `available`.
-    std::hint::black_box(unsafe { inner(steps) });
-    steps * 8 * 2 * 32
 }

@@ -111,6 +111,7 @@ macro_rules! by_weights {
         }
     }};
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use by_weights;
 
 /// [`pack`] for every format, as the target's baseline compiles it.

@@ -16,9 +16,19 @@ mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod codes256;
 mod columns;
+#[cfg(target_arch = "x86_64")]
+mod few256;
+#[cfg(target_arch = "x86_64")]
+mod floats512;
+#[cfg(target_arch = "x86_64")]
+mod heads512;
 pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "x86_64")]
+mod pairs512;
+#[cfg(target_arch = "x86_64")]
+mod peaks;
 pub mod scalar;
 #[cfg(test)]
 mod tests;
@@ -212,6 +222,20 @@ pub struct HalfKernels {
     pub mul: MulHalf,
 }
 
+/// `out[h * distance ..][..dim] += sum_j p[h * stride + j] * values[j]` for `heads` rows.
+pub type MixHeads =
+    fn(p: &[f32], stride: usize, heads: usize, values: &[u16], dim: usize, out: &mut [f32], distance: usize);
+
+/// Attention of one position: a row for each of the query heads that share a key head, and f16 keys and values whose
+/// width is a multiple of 16.
+#[derive(Clone, Copy)]
+pub struct HalfHeads {
+    /// `out[h * stride + j] = q[h] . keys[j]` for the rows of `q` and of `keys`, which are `dim` wide.
+    pub scores: fn(q: &[f32], dim: usize, keys: &[u16], out: &mut [f32], stride: usize),
+    /// See [`MixHeads`].
+    pub mix: MixHeads,
+}
+
 /// Rows that the widest kernels take at a time.
 pub const ROW_BLOCK: usize = 32;
 
@@ -232,6 +256,9 @@ impl<'a> QuantizedRows<'a> {
 
 /// Dot products of `out.len()` packed weight rows (`data`, one after another) with one row of 8-bit activations.
 pub type DotCodes = fn(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]);
+/// The same for the rows `rows` of `x`, bit for bit: `out[i * (out.len() / rows.len()) + o]` is row `rows.start + i` times
+/// weight row `o`.
+pub type DotBatch = fn(data: &[u8], x: QuantizedRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32]);
 /// Dot products of `out.len()` rows of floats with a row of f32.
 pub type DotFloats = fn(data: &[u8], x: &[f32], out: &mut [f32]);
 /// Unpacks `rows` (at most 16) packed weight rows of `cols` columns into a panel; absent rows become zeros.
@@ -265,6 +292,18 @@ pub struct GemmShape {
     pub add: bool,
 }
 
+/// Functions that keep an arithmetic unit busy for about so many steps and give the number of operations; none where it
+/// is not measured.
+#[derive(Clone, Copy, Default)]
+pub struct Peaks {
+    /// 8-bit integers.
+    pub int8: Option<fn(steps: u64) -> u64>,
+    /// bf16.
+    pub bf16: Option<fn(steps: u64) -> u64>,
+    /// Single precision.
+    pub f32: Option<fn(steps: u64) -> u64>,
+}
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     /// Which one.
@@ -275,6 +314,8 @@ pub struct Kernels {
     pub quantize: fn(x: &[f32], out: QuantizedRowMut<'_>),
     /// For block formats.
     pub dot_codes: fn(Format) -> DotCodes,
+    /// For block formats, where several rows of activations can share the unpacking of weights.
+    pub dot_batch: fn(Format) -> Option<DotBatch>,
     /// For the formats that are multiplied as floats (not [`Format::is_coded`]).
     pub dot_floats: fn(Format) -> DotFloats,
     /// For block formats.
@@ -291,10 +332,12 @@ pub struct Kernels {
     pub f16_to_f32: fn(src: &[u16], dst: &mut [f32]),
     /// f32 to f16 bits, round to nearest even.
     pub f32_to_f16: fn(src: &[f32], dst: &mut [u16]),
+    /// Attention over f16, where that is faster than over f32 read from it.
+    pub half_heads: Option<HalfHeads>,
     /// Many rows of bf16, where that is faster than integers for block formats.
     pub half: Option<HalfKernels>,
-    /// Keeps the unit that multiplies prompts' rows busy for about so many steps and gives the number of operations.
-    pub peak: Option<fn(steps: u64) -> u64>,
+    /// What its arithmetic is measured by.
+    pub peaks: Peaks,
     /// Element-wise operations and short reductions, compiled for this instruction set.
     pub lanes: Lanes,
 }

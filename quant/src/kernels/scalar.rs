@@ -1,7 +1,7 @@
 //! Plain Rust: the oracle that the other instruction sets are tested against, and what runs where none of them does.
 
 use super::{
-    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
+    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, Peaks, QuantizedRow,
     QuantizedRowMut, QuantizedRows, columns, lanes,
 };
 use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
@@ -14,6 +14,7 @@ pub(crate) fn kernels() -> Kernels {
         isa: Isa::Scalar,
         biased_codes: false,
         quantize,
+        dot_batch: |_| None,
         dot_codes,
         dot_floats,
         pack_codes,
@@ -23,8 +24,9 @@ pub(crate) fn kernels() -> Kernels {
         gemm,
         f16_to_f32,
         f32_to_f16,
+        half_heads: None,
         half: None,
-        peak: None,
+        peaks: Peaks::default(),
         lanes: lanes::PLAIN,
     }
 }

@@ -336,9 +336,20 @@ impl Cpu {
         scratch.scores.reserve(group * CHUNK);
         scratch.queries[..group * dim].copy_from_slice(q);
         (lanes.scale)(spec.scale, &mut scratch.queries[..group * dim]);
-        for tile in (0..keys).step_by(TILE) {
+        let place = kv_head * sequence.capacity + begin;
+        let half = kernels.half_heads.filter(|_| dim.is_multiple_of(16) && value_dim.is_multiple_of(16));
+        let half = match (half, sequence.keys, sequence.values) {
+            (Some(kernels), Kv::F16(k), Kv::F16(v)) => {
+                Some((kernels, &k[place * dim..][..keys * dim], &v[place * value_dim..][..keys * value_dim]))
+            }
+            _ => None,
+        };
+        if let Some((kernels, half_keys, _)) = half {
+            (kernels.scores)(&scratch.queries[..group * dim], dim, half_keys, &mut scratch.scores, CHUNK);
+        }
+        for tile in (0..if half.is_none() { keys } else { 0 }).step_by(TILE) {
             let n = TILE.min(keys - tile);
-            let at = (kv_head * sequence.capacity + begin + tile) * dim;
+            let at = (place + tile) * dim;
             sequence.keys.read(kernels, at..at + n * dim, &mut scratch.keys[..n * dim]);
             for g in 0..group {
                 let scores = &mut scratch.scores[g * CHUNK + tile..][..n];
@@ -356,9 +367,13 @@ impl Cpu {
             part[0] = (lanes.max)(row);
             part[1] = (lanes.exp_sum)(part[0], row);
         }
+        if let Some((kernels, _, half_values)) = half {
+            (kernels.mix)(&scratch.scores, CHUNK, group, half_values, value_dim, &mut part[2..], value_dim + 2);
+            return;
+        }
         for tile in (0..keys).step_by(TILE) {
             let n = TILE.min(keys - tile);
-            let at = (kv_head * sequence.capacity + begin + tile) * value_dim;
+            let at = (place + tile) * value_dim;
             sequence.values.read(kernels, at..at + n * value_dim, &mut scratch.keys[..n * value_dim]);
             for (g, part) in part.chunks_exact_mut(value_dim + 2).enumerate() {
                 (lanes.mix)(&scratch.scores[g * CHUNK + tile..][..n], &scratch.keys[..n * value_dim], &mut part[2..]);

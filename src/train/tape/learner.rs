@@ -4,7 +4,7 @@ use super::lora::Gain;
 use super::method::{Checkpointing, Method};
 use super::pool::Pool;
 use super::record::{Tape, Value};
-use super::setup::{self, Setup, set_up};
+use super::setup::{Setup, set_up};
 use super::sites::Sites;
 use crate::train::batch::{Example, Loss};
 use crate::train::params::{Gradients, Params};
@@ -39,14 +39,12 @@ impl Learner {
     /// # Errors
     /// When the method does not fit the model, or the adapter to begin with does not fit the method.
     pub fn new(model: Model, cpu: Cpu, method: &Method, seed: u64) -> Result<Learner> {
-        let Setup { sites, params } = set_up(&model, method, seed)?;
-        let (pool, checkpointing, gains, squares) = Default::default();
-        let mut learner = Learner { model, cpu, pool, sites, params, checkpointing, gains, squares, stale: true };
-        let loras = learner.model.linears().filter(|l| learner.sites.linear(l).lora.is_some_and(|a| a.dora.is_some()));
-        learner.squares =
-            loras.map(|l| setup::lengths(&l.weight).into_iter().map(|length| length * length).collect()).collect();
-        learner.gains = vec![Gain::default(); learner.squares.len()];
-        Ok(learner)
+        let Setup { sites, params, squares } = set_up(&model, method, seed)?;
+        // Weights of blocks are coarser than bf16; trained weights in f32 are not.
+        let cpu = cpu.with_half_attention(!model.is_float() && *method != Method::Full);
+        let gains = vec![Gain::default(); squares.len()];
+        let (pool, checkpointing) = Default::default();
+        Ok(Learner { model, cpu, pool, sites, params, checkpointing, gains, squares, stale: true })
     }
 
     /// What is trained.

@@ -20,6 +20,8 @@ const PREFIX_SPREAD: f32 = 0.02;
 pub(super) struct Setup {
     pub sites: Sites,
     pub params: Params,
+    /// DoRA: the squares of the lengths of each weight's rows, by the number of its gain.
+    pub squares: Vec<Vec<f64>>,
 }
 
 /// The parameters of `method` for `model`.
@@ -28,13 +30,13 @@ pub(super) fn set_up(model: &Model, method: &Method, seed: u64) -> Result<Setup>
         bail!("the model has an adapter in force already; merge it first, or begin with it (--init-adapter)");
     }
     let sites = Sites::new(model.tensors, model.layers.len());
-    let mut setup = Builder { model, seed, sites, params: Params::default() };
+    let mut setup = Builder { model, seed, sites, params: Params::default(), squares: Vec::new() };
     match method {
         Method::Lora(config) => setup.lora(config)?,
         Method::Full => setup.full(),
         Method::Prefix { tokens } => setup.prefix(*tokens)?,
     }
-    Ok(Setup { sites: setup.sites, params: setup.params })
+    Ok(Setup { sites: setup.sites, params: setup.params, squares: setup.squares })
 }
 
 struct Builder<'m> {
@@ -42,6 +44,7 @@ struct Builder<'m> {
     seed: u64,
     sites: Sites,
     params: Params,
+    squares: Vec<Vec<f64>>,
 }
 
 impl Builder<'_> {
@@ -109,12 +112,12 @@ impl Builder<'_> {
         let b = self.param(format!("{}.lora_B{part}", module.name), &[rows, rank], rate, |_, _| {});
         let magnitude = config.dora.then(|| {
             let lengths = lengths(&linear.weight);
+            self.squares.push(lengths.iter().map(|length| length * length).collect());
             self.param(format!("{}.lora_magnitude{part}", module.name), &[rows], 1.0, |_, values| {
                 values.iter_mut().zip(lengths).for_each(|(m, length)| *m = length as f32);
             })
         });
-        let dora =
-            magnitude.map(|m| self.params.list[..m].iter().filter(|p| p.name.contains(".lora_magnitude")).count());
+        let dora = magnitude.map(|_| self.squares.len() - 1);
         Lora { a, b, rank, scale: config.scale(), magnitude, dora }
     }
 
@@ -325,14 +328,14 @@ fn check(config: &LoraConfig) -> Result<()> {
 }
 
 /// All of `weight` in f32.
-pub(super) fn decode(weight: &Weight, out: &mut [f32]) {
+fn decode(weight: &Weight, out: &mut [f32]) {
     for (row, out) in out.chunks_exact_mut(weight.cols()).enumerate() {
         weight.decode_row(row, out);
     }
 }
 
 /// The length of each row.
-pub(super) fn lengths(weight: &Weight) -> Vec<f64> {
+fn lengths(weight: &Weight) -> Vec<f64> {
     let mut row = vec![0.0; weight.cols()];
     let each = (0..weight.rows()).map(|r| {
         weight.decode_row(r, &mut row);

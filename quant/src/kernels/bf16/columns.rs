@@ -50,6 +50,18 @@ pub(super) fn check(rows: usize, panels: usize, ldb: usize, out: &mut [u16]) {
     }
 }
 
+/// Pairs of rows that are fetched ahead: of a row only some columns are read, so the processor cannot guess the next.
+const AHEAD: usize = 8;
+
+/// Fetches `len` bytes from `at` on, wherever that is.
+#[inline(always)]
+fn fetch(at: *const u8, len: usize) {
+    for line in (0..len).step_by(64) {
+        // SAFETY: a fetch of an address that is not there does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 fn pack_codes<C: Codes>(
     data: &[u8],
@@ -65,7 +77,12 @@ fn pack_codes<C: Codes>(
     assert!(data.len() >= rows * row_bytes, "weights are shorter than the rows asked for");
     check(rows, 2 * (last - first), ldb, out);
     let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; 2];
+    let span = first / C::GROUPS * C::BYTES..last.div_ceil(C::GROUPS) * C::BYTES;
     for pair in 0..rows.div_ceil(2) {
+        for r in 0..2 {
+            let at = data.as_ptr().wrapping_add((2 * (pair + AHEAD) + r) * row_bytes + span.start);
+            fetch(at, span.len());
+        }
         let used = (rows - 2 * pair).min(2);
         for run in first / 8..last.div_ceil(8) {
             let whole = run < total / 8;

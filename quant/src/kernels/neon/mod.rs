@@ -8,7 +8,7 @@ mod instructions;
 mod many;
 mod pack;
 
-use super::{DotCodes, Isa, Kernels, MulPanels, columns, lanes, scalar};
+use super::{DotCodes, Isa, Kernels, MulPanels, Peaks, columns, lanes, scalar};
 use crate::formats::Format;
 use instructions::{load_f32, load_u16, narrow_f16, store_f32, store_u16, widen_f16};
 use std::arch::is_aarch64_feature_detected;
@@ -51,6 +51,7 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         biased_codes: false,
         // The plain loops are vector code already: Advanced SIMD is part of the base instruction set.
         quantize: |x, out| scalar::quantize(x, out),
+        dot_batch: |_| None,
         dot_codes,
         dot_floats: few::dot_floats,
         pack_codes: pack::pack_codes,
@@ -60,8 +61,9 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         gemm: many::gemm,
         f16_to_f32,
         f32_to_f16,
+        half_heads: None,
         half: None,
-        peak: None,
+        peaks: Peaks::default(),
         lanes: lanes::PLAIN,
     }
 }

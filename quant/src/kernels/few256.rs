@@ -1,0 +1,208 @@
+//! The few-row product in 256-bit registers, written once over [`Codes`] for AVX2 and AVX-512.
+
+use super::QuantizedRow;
+use super::codes256::{Codes, Dot};
+use std::arch::x86_64::*;
+
+/// See [`super::DotCodes`].
+///
+/// # Safety
+/// AVX2, FMA, F16C and what `D` needs.
+#[inline(always)]
+pub(super) unsafe fn dot_codes<C: Codes, D: Dot>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
+    let row_bytes = x.q.len() / C::FORMAT.block_len() * C::BYTES;
+    assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
+    assert!(x.d.len() * 32 == x.q.len() && x.s32.len() == x.d.len() && x.s16.len() == 2 * x.d.len());
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    let mut row = data.as_ptr();
+    for out in fours {
+        // SAFETY: the assertions keep every row and every group inside the slices.
+        unsafe {
+            dot_some::<C, D, 4>(row, row_bytes, x, out);
+            row = row.add(4 * row_bytes);
+        }
+    }
+    for out in rest {
+        // SAFETY: as above.
+        unsafe {
+            dot_some::<C, D, 1>(row, row_bytes, x, std::array::from_mut(out));
+            row = row.add(row_bytes);
+        }
+    }
+}
+
+macro_rules! eight_times {
+    ($g:ident => $body:expr) => {{
+        {
+            const $g: usize = 0;
+            $body
+        }
+        {
+            const $g: usize = 1;
+            $body
+        }
+        {
+            const $g: usize = 2;
+            $body
+        }
+        {
+            const $g: usize = 3;
+            $body
+        }
+        {
+            const $g: usize = 4;
+            $body
+        }
+        {
+            const $g: usize = 5;
+            $body
+        }
+        {
+            const $g: usize = 6;
+            $body
+        }
+        {
+            const $g: usize = 7;
+            $body
+        }
+    }};
+}
+
+#[repr(align(64))]
+struct Factors([f32; 16]);
+
+/// What the products of a run's groups are multiplied by: `R` rows' scales times the activations', and the minimums
+/// added up. Functions rather than closures: a closure would not take on the target features of the kernel.
+#[inline(always)]
+unsafe fn prepare<C: Codes, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    ahead: usize,
+    d: *const f32,
+    s32: *const f32,
+    s16: *const f32,
+    factors: &mut [Factors; R],
+    mins: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for a run in each row, and eight (`s16`: sixteen) numbers behind each pointer.
+    unsafe {
+        let d = _mm256_loadu_ps(d);
+        for r in 0..R {
+            let at = first.add(r * row_bytes);
+            let [a, b] = C::scales(at);
+            let to = factors[r].0.as_mut_ptr();
+            // The same part of rows to come: several rows at a time are more streams than the processor follows by
+            // itself. (A prefetch beyond the end of the weights does nothing.)
+            for line in (0..C::RUN).step_by(64) {
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead + line).cast());
+            }
+            if C::HALVES {
+                let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+                let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+                _mm256_store_ps(to, _mm256_mul_ps(a, low));
+                _mm256_store_ps(to.add(8), _mm256_mul_ps(b, high));
+            } else {
+                _mm256_store_ps(to, _mm256_mul_ps(a, d));
+            }
+            if C::HAS_MIN {
+                let [a, b] = C::mins(at);
+                if C::HALVES {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s16), mins[r]);
+                    mins[r] = _mm256_fmadd_ps(b, _mm256_loadu_ps(s16.add(8)), mins[r]);
+                } else {
+                    mins[r] = _mm256_fmadd_ps(a, _mm256_loadu_ps(s32), mins[r]);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of group `g` of the run at `first` and of the 32 activations at `q`.
+#[inline(always)]
+unsafe fn multiply<C: Codes, D: Dot, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    g: usize,
+    q: *const i8,
+    factors: &[Factors; R],
+    sums: &mut [__m256; R],
+) {
+    // SAFETY: the caller vouches for the group in each row and for 32 activations.
+    unsafe {
+        let a = _mm256_loadu_si256(q.cast());
+        let start = D::start(C::ZERO, a);
+        for r in 0..R {
+            let codes = C::codes(first.add(r * row_bytes), g);
+            let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, codes, a));
+            let factor = factors[r].0.as_ptr();
+            let factor = if C::HALVES {
+                let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*factor.add(2 * g).cast::<f64>()));
+                _mm256_permutevar8x32_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+            } else {
+                _mm256_broadcast_ss(&*factor.add(g))
+            };
+            sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
+    first: *const u8,
+    row_bytes: usize,
+    x: QuantizedRow<'_>,
+    out: &mut [f32; R],
+) {
+    // SAFETY: the caller vouches for `R` rows of weights and the activations' sizes.
+    unsafe {
+        let groups = x.d.len();
+        let mut sums = [_mm256_setzero_ps(); R];
+        let mut mins = [_mm256_setzero_ps(); R];
+        let mut factors = [const { Factors([0.0; 16]) }; R];
+        let q = x.q.as_ptr();
+        // Whole steps of R rows, at least so far that memory answers in time.
+        let ahead = (4096usize.div_ceil(R * row_bytes.max(1))) * R * row_bytes;
+        for run in 0..groups / 8 {
+            let (first, at) = (first.add(run * C::RUN), run * 8);
+            let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
+            prepare::<C, R>(first, row_bytes, ahead, d, s32, s16, &mut factors, &mut mins);
+            eight_times!(G => multiply::<C, D, R>(first, row_bytes, G, q.add((at + G) * 32), &factors, &mut sums));
+        }
+        if C::GROUPS == 1 {
+            let first = first.add(groups / 8 * C::RUN);
+            for g in 0..groups % 8 {
+                let at = groups / 8 * 8 + g;
+                let a = _mm256_loadu_si256(q.add(at * 32).cast());
+                let start = D::start(C::ZERO, a);
+                let d = _mm256_set1_ps(x.d[at]);
+                for r in 0..R {
+                    let row = first.add(r * row_bytes);
+                    let (scale, min) = C::scale_and_min(row, g);
+                    let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, C::codes(row, g), a));
+                    sums[r] = _mm256_fmadd_ps(dots, _mm256_mul_ps(scale, d), sums[r]);
+                    if C::HAS_MIN {
+                        let min = _mm256_zextps128_ps256(_mm_set_ss(min * x.s32[at]));
+                        mins[r] = _mm256_add_ps(mins[r], min);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            out[r] = add_across(if C::HAS_MIN { _mm256_sub_ps(sums[r], mins[r]) } else { sums[r] });
+        }
+    }
+}
+
+/// The sum of eight lanes.
+///
+/// # Safety
+/// AVX.
+#[inline(always)]
+pub(super) unsafe fn add_across(x: __m256) -> f32 {
+    // SAFETY: the caller has AVX.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
