@@ -53,6 +53,11 @@ impl From<String> for Refusal {
     }
 }
 
+/// All rows but the last, which nothing follows.
+fn every_row(ids: &[u32]) -> Vec<Range<usize>> {
+    std::iter::once(0..ids.len().saturating_sub(1)).collect()
+}
+
 /// What encoding takes.
 pub struct Encoder<'a> {
     pub tokenizer: Option<&'a Tokenizer>,
@@ -81,7 +86,7 @@ impl Encoder<'_> {
                 let learned = turns.into_iter().zip(&conversation.learned).filter(|(_, learned)| **learned);
                 // A row is asked for the token behind it.
                 let rows = learned.map(|(t, _)| t.start.saturating_sub(1)..t.end.saturating_sub(1)).collect();
-                let rows = if self.settings.train_on_inputs { vec![0..ids.len().saturating_sub(1)] } else { rows };
+                let rows = if self.settings.train_on_inputs { every_row(&ids) } else { rows };
                 let note = note.then_some("with tools that the chat template does not show");
                 Encoded { kind, ids, learned: Learned::Rows(rows), note, ..Encoded::default() }
             }
@@ -95,7 +100,7 @@ impl Encoder<'_> {
                 let mut ids: Vec<u32> = tokenizer.bos().filter(|_| first && tokenizer.add_bos()).into_iter().collect();
                 ids.extend(tokenizer.encode(&text, Specials::AsText).map_err(|e| Refusal::Skip(e.to_string()))?);
                 ids.extend(tokenizer.eos().filter(|_| last));
-                let learned = Learned::Rows(vec![0..ids.len().saturating_sub(1)]);
+                let learned = Learned::Rows(every_row(&ids));
                 Encoded { kind: "texts", ids, learned, text: true, ..Encoded::default() }
             }
             Lesson::Tokens { ids, labels } => self.tokens(&ids, &labels)?,

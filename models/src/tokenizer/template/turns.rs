@@ -9,8 +9,18 @@ use std::ops::Range;
 struct Turn {
     /// Bytes of the text.
     span: Range<usize>,
-    /// Whether the span has all that the template adds to the turn; else it is the message's content alone.
-    whole: bool,
+    known: Known,
+}
+
+/// What is known of a turn's span.
+#[derive(Clone, Copy, PartialEq)]
+enum Known {
+    /// It has all that the template adds to the turn.
+    Whole,
+    /// It ends where the message's content does; a mark may follow.
+    Content,
+    /// Only where it begins.
+    Begin,
 }
 
 impl ChatTemplate {
@@ -33,14 +43,22 @@ impl ChatTemplate {
         let mut ranges = token_ranges(tokenizer, &text, &blocked, &ids, &turns)?;
         for (range, turn) in ranges.iter_mut().zip(&turns) {
             let ends = |k: &usize| tokenizer.is_end_of_turn(ids[*k]);
-            if turn.whole {
+            range.end = match turn.known {
                 // What templates write behind the mark is not for the model to say.
-                range.end = range.clone().rfind(ends).map_or(range.end, |k| k + 1);
-            } else {
-                let blank = |k: usize| tokenizer.token_bytes(ids[k]).trim_ascii().is_empty() && !ends(&k);
-                let next = (range.end..ids.len()).find(|&k| !blank(k));
-                range.end = next.filter(ends).map_or(range.end, |k| k + 1);
-            }
+                Known::Whole => range.clone().rfind(ends).map_or(range.end, |k| k + 1),
+                Known::Content => {
+                    let blank = |k: usize| tokenizer.token_bytes(ids[k]).trim_ascii().is_empty() && !ends(&k);
+                    let next = (range.end..ids.len()).find(|&k| !blank(k));
+                    next.filter(ends).map_or(range.end, |k| k + 1)
+                }
+                Known::Begin => (range.start..ids.len()).find(ends).map_or(range.start, |k| k + 1),
+            };
+        }
+        // Words make no marks, so the first mark behind a beginning ends that turn, unless turns have none.
+        let overlap = ranges.windows(2).any(|w| w[0].end > w[1].start);
+        if overlap || ranges.iter().any(|r| r.is_empty()) {
+            let what = "the chat template rewrites earlier turns and marks no ends; they cannot be told apart";
+            return Err(Error::model(format!("{}: {what}", self.name())));
         }
         if let (Some(last), Some(eos)) = (ranges.last_mut(), tokenizer.eos())
             && last.end == ids.len()
@@ -64,15 +82,22 @@ impl ChatTemplate {
             let before = prefix(&messages[..i], true).filter(|&at| at >= done);
             let after = if i + 1 == messages.len() { Some(text.len()) } else { prefix(&messages[..=i], false) };
             let turn = match (before, after) {
-                (Some(start), Some(end)) if start < end => Turn { span: start..end, whole: true },
+                (Some(start), Some(end)) if start < end => Turn { span: start..end, known: Known::Whole },
                 _ => {
                     let found = marked.get_or_insert_with(|| self.marked(text, messages, &said, options));
-                    let Some(content) = found.as_ref().map(|spans| spans[nth].clone()) else {
-                        let what = format!("the chat template rewrites earlier turns; message {}", i + 1);
-                        return Err(Error::model(format!("{}: {what} cannot be found again", self.name())));
-                    };
-                    let start = before.map_or(content.start, |b| b.min(content.start));
-                    Turn { span: start..content.end, whole: false }
+                    // Calls of tools follow the content.
+                    let content = found[nth].clone().filter(|_| !messages[i]["tool_calls"].is_array());
+                    match (before, content) {
+                        (Some(start), None) => Turn { span: start..start, known: Known::Begin },
+                        (before, Some(content)) => {
+                            let start = before.map_or(content.start, |b| b.min(content.start));
+                            Turn { span: start..content.end, known: Known::Content }
+                        }
+                        (None, None) => {
+                            let what = format!("the chat template rewrites earlier turns; message {}", i + 1);
+                            return Err(Error::model(format!("{}: {what} cannot be found again", self.name())));
+                        }
+                    }
                 }
             };
             done = turn.span.end;
@@ -81,44 +106,58 @@ impl ChatTemplate {
         Ok(turns)
     }
 
-    /// Where in `text` the contents of the messages `said` are: they are rendered with a private character before and
-    /// behind, which must be all that changes. Templates strip white space and earlier thoughts, so that the places
-    /// around those are tried as well.
+    /// Where in `text` the contents of the messages `said` are, if they have any and can be found: they are rendered
+    /// with a private character before and behind, which must be all that changes. Templates strip white space and
+    /// earlier thoughts, so that the places around those are tried as well.
     fn marked(
         &self,
         text: &str,
         messages: &[Value],
         said: &[usize],
         options: &RenderOptions,
-    ) -> Option<Vec<Range<usize>>> {
-        let open = unused(text, messages, None)?;
-        let close = unused(text, messages, Some(open))?;
+    ) -> Vec<Option<Range<usize>>> {
         let visible: [fn(&str) -> &str; 3] = [
             |content| content,
             |content| content.trim(),
             |content| content.rsplit_once("</think>").map_or(content, |(_, answer)| answer).trim(),
         ];
-        visible.into_iter().find_map(|visible| {
-            let mut messages = messages.to_vec();
-            for &i in said {
-                let content = messages[i]["content"].as_str().filter(|c| !c.is_empty())?;
-                let part = visible(content);
-                let at = part.as_ptr() as usize - content.as_ptr() as usize;
-                let (head, tail) = (&content[..at], &content[at + part.len()..]);
-                messages[i]["content"] = format!("{head}{open}{part}{close}{tail}").into();
+        let found = visible.into_iter().find_map(|visible| self.marked_around(visible, text, messages, said, options));
+        found.unwrap_or_else(|| vec![None; said.len()])
+    }
+
+    fn marked_around(
+        &self,
+        visible: fn(&str) -> &str,
+        text: &str,
+        messages: &[Value],
+        said: &[usize],
+        options: &RenderOptions,
+    ) -> Option<Vec<Option<Range<usize>>>> {
+        let open = unused(text, messages, None)?;
+        let close = unused(text, messages, Some(open))?;
+        let (mut messages, mut places) = (messages.to_vec(), Vec::with_capacity(said.len()));
+        for &i in said {
+            let content = messages[i]["content"].as_str().filter(|c| !visible(c).is_empty());
+            places.push(content.is_some());
+            let Some(content) = content else { continue };
+            let part = visible(content);
+            let at = part.as_ptr() as usize - content.as_ptr() as usize;
+            let (head, tail) = (&content[..at], &content[at + part.len()..]);
+            messages[i]["content"] = format!("{head}{open}{part}{close}{tail}").into();
+        }
+        let (mut plain, mut spans, mut begun) = (String::with_capacity(text.len()), Vec::new(), None);
+        for c in self.render(&messages, options).ok()?.chars() {
+            if c == open && begun.is_none() {
+                begun = Some(plain.len());
+            } else if c == close && begun.is_some() {
+                spans.push(begun.take()?..plain.len());
+            } else {
+                plain.push(c);
             }
-            let (mut plain, mut spans, mut begun) = (String::with_capacity(text.len()), Vec::new(), None);
-            for c in self.render(&messages, options).ok()?.chars() {
-                if c == open && begun.is_none() {
-                    begun = Some(plain.len());
-                } else if c == close && begun.is_some() {
-                    spans.push(begun.take()?..plain.len());
-                } else {
-                    plain.push(c);
-                }
-            }
-            (plain == text && spans.len() == said.len()).then_some(spans)
-        })
+        }
+        let all = plain == text && spans.len() == places.iter().filter(|p| **p).count();
+        let mut spans = spans.into_iter();
+        all.then(|| places.iter().map(|&there| if there { spans.next() } else { None }).collect())
     }
 }
 

@@ -61,6 +61,13 @@ fn turns_that_the_template_rewrites_are_found_by_their_contents() {
     ]);
     let found = said(&stripping, &t, &messages).unwrap();
     assert_eq!(found, ["one <|im_end|>", "<think>\nso\n</think>\n\ntwo<|im_end|>"]);
+    // Calls of tools have no content to look for, but an end.
+    let calling = written(&format!(
+        "{each}{{% if m.role == 'assistant' and loop.last %}}<think>\n\n</think>\n{{% endif %}}{{{{ m.content }}}}{{{{ m.tool_calls }}}}{end}"
+    ));
+    let mut calls = talk(&[("user", "q"), ("assistant", ""), ("tool", "hell"), ("assistant", "two")]);
+    calls[1]["tool_calls"] = json!(["f"]);
+    assert_eq!(said(&calling, &t, &calls).unwrap(), ["['f']<|im_end|>", "<think>\n\n</think>\ntwo<|im_end|>"]);
     // The prompt of a new answer differs from that of an old one.
     let prompting =
         written(&format!("{each}{{{{ m.content | trim }}}}{}", end.replace("assistant\n{%", "assistant\n<think>\n{%")));
@@ -112,6 +119,10 @@ fn published_templates_and_tokenizers() {
     for (name, t) in data["templates"].as_object().unwrap() {
         let template = ChatTemplate::from_source(t["chat_template"].as_str().unwrap(), name).unwrap();
         for (tokenizer, which) in tokenizers.iter().zip(names) {
+            // Some want tools, or the mark before a text.
+            if template.encode_chat(tokenizer, &messages, &RenderOptions::default()).is_err() {
+                continue;
+            }
             match said(&template, tokenizer, &messages) {
                 Ok(said) => {
                     found += 1;
@@ -126,5 +137,5 @@ fn published_templates_and_tokenizers() {
             }
         }
     }
-    assert!(failed.is_empty(), "{found} found, {failed:#?}");
+    assert!(found >= 160 && failed.is_empty(), "{found} found, {failed:#?}");
 }
