@@ -11,7 +11,7 @@
 use super::optimizer::{Optimizer, State};
 use crate::train::params::Params;
 use anyhow::{Context, Result, bail, ensure};
-use rushlight_models::checkpoint::{AtomicFile, map};
+use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::io::Write;
@@ -162,13 +162,13 @@ pub fn write(path: &Path, progress: &Progress, params: &Params, optimizer: Optio
 
 /// What the file says of the run, if it is whole.
 pub fn peek(path: &Path) -> Result<Progress> {
-    let file = map(path)?;
+    let file = mapped(path)?;
     Ok(open(path, &file)?.0.progress)
 }
 
 /// Takes everything from the file `path`.
 pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimizer>) -> Result<Progress> {
-    let file = map(path)?;
+    let file = mapped(path)?;
     let (description, mut at) = open(path, &file)?;
     let mut all = arrays_mut(params, optimizer.as_deref_mut());
     ensure!(
@@ -205,6 +205,12 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
         optimizer.updates = description.progress.updates;
     }
     Ok(description.progress)
+}
+
+fn mapped(path: &Path) -> Result<Bytes> {
+    let empty = std::fs::metadata(path).is_ok_and(|about| about.len() == 0);
+    ensure!(!empty, "{} is damaged", path.display());
+    Ok(map(path)?)
 }
 
 /// The description, and where the arrays begin.
@@ -364,7 +370,7 @@ mod tests {
         let mut p = params(0.0);
         let mut other = Optimizer::new(Rule::Adamw, &p, 0.0, 1);
         let error = checkpoints.load(&mut p, &mut other, &mut |_| {}).unwrap_err().to_string();
-        assert!(error.contains("'momentum a'") && error.contains("'first a'"), "{error}");
+        assert!(error.contains("4 arrays where this run has 6"), "{error}");
     }
 
     #[test]

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 pub enum Line {
     /// A step.
     Step(StepLine),
-    /// An evaluation.
-    Evaluation(Evaluation),
     /// A step that was skipped.
     Skipped(Skipped),
+    /// An evaluation: the last, as it can be without anything but its step.
+    Evaluation(Evaluation),
 }
 
 /// What a step came to.
@@ -88,6 +88,8 @@ pub struct Metrics {
     /// `None` after a line could not be written.
     file: Option<File>,
     lines: Vec<Line>,
+    /// The same as they are written: a number that is read and written again may differ in its last digit.
+    texts: Vec<String>,
 }
 
 impl Metrics {
@@ -99,10 +101,10 @@ impl Metrics {
             Err(e) => return Err(e).with_context(|| path.display().to_string()),
         };
         // The last line of a killed run may be cut.
-        let lines = text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok());
+        let lines = text.lines().filter_map(|text| Some((serde_json::from_str::<Line>(text).ok()?, text.to_owned())));
         let last = |line: &Line| if matches!(line, Line::Evaluation(_)) { evaluated } else { step };
-        let lines = lines.filter(|line| line.step() <= last(line)).collect();
-        let mut metrics = Metrics { path: path.to_owned(), file: None, lines };
+        let (lines, texts) = lines.filter(|(line, _)| line.step() <= last(line)).unzip();
+        let mut metrics = Metrics { path: path.to_owned(), file: None, lines, texts };
         metrics.rewrite()?;
         Ok(metrics)
     }
@@ -114,20 +116,21 @@ impl Metrics {
 
     /// Adds a line. It is kept when it cannot be written, and written with the next.
     pub fn push(&mut self, line: Line) -> Result<()> {
-        let mut text = serde_json::to_vec(&line)?;
-        text.push(b'\n');
+        let text = serde_json::to_string(&line)?;
         self.lines.push(line);
+        self.texts.push(text.clone());
         let Some(file) = &mut self.file else { return self.rewrite() };
         // At once: a line is there as soon as its step is done.
-        file.write_all(&text).with_context(|| self.path.display().to_string()).inspect_err(|_| self.file = None)
+        file.write_all((text + "\n").as_bytes())
+            .with_context(|| self.path.display().to_string())
+            .inspect_err(|_| self.file = None)
     }
 
     fn rewrite(&mut self) -> Result<()> {
         let said = || self.path.display().to_string();
         let mut out = AtomicFile::create(&self.path)?;
-        for line in &self.lines {
-            serde_json::to_writer(&mut out, line).map_err(std::io::Error::from).with_context(said)?;
-            out.write_all(b"\n").with_context(said)?;
+        for text in &self.texts {
+            out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).with_context(said)?;
         }
         out.commit()?;
         self.file = Some(OpenOptions::new().append(true).open(&self.path).with_context(said)?);

@@ -184,7 +184,7 @@ impl Request {
             rule: self.rule,
             limit: self.memory,
             longest,
-            step: batch.saturating_mul(longest),
+            step: largest(&data, batch),
             rows: None,
             weights: checkpoint.bytes(),
         };
@@ -336,6 +336,13 @@ impl Prepared {
 
 /// The argument by which a run keeps how many tokens go through the model together.
 const ROWS: &str = "tokens at a time";
+
+/// Tokens of the `batch` largest items together.
+fn largest(data: &Dataset, batch: usize) -> usize {
+    let mut tokens: Vec<usize> = (0..data.len()).map(|item| data.item_tokens(item)).collect();
+    tokens.sort_unstable_by_key(|&n| std::cmp::Reverse(n));
+    tokens.iter().take(batch).sum()
+}
 
 /// A short name of all examples, in their order.
 fn data_hash(data: &Dataset) -> String {
