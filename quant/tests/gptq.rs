@@ -157,7 +157,8 @@ fn without_correlations_it_is_rounding() {
     for group in [32, 100, usize::MAX] {
         for symmetric in [false, true] {
             let grid = Grid::Group { bits: 4, group, symmetric };
-            let options = |variants| GptqOptions { variants, sweeps: 0, search: false, half_scales: true };
+            let options =
+                |variants| GptqOptions { variants, sweeps: 0, search: false, half_scales: true, ordered_groups: false };
             let rounded = gptq(&cpu, &weights, rows, &h, None, grid, &options(vec![])).unwrap();
             for (order, fit) in
                 [(Order::Natural, Fit::Lazy), (Order::Falling, Fit::Static), (Order::FallingBlocks, Fit::Fresh)]
