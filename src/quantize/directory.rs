@@ -52,10 +52,10 @@ pub fn check(weights: Weights, output: &Path) -> Result<()> {
 }
 
 /// What `groups` are in GPTQ's terms. The first version of the layout cannot store a zero point of 0, which groups that
-/// are not symmetric may have.
+/// are not symmetric may have; and GPTQModel, which turns it into the second one when it loads, goes wrong with 3 bits.
 pub fn gptq_grid(groups: Groups, act_order: bool) -> GptqGrid {
     let Groups { bits, group, symmetric } = groups;
-    let version = if symmetric { GptqVersion::V1 } else { GptqVersion::V2 };
+    let version = if symmetric && bits != 3 { GptqVersion::V1 } else { GptqVersion::V2 };
     GptqGrid { bits, group: (group != usize::MAX).then_some(group), symmetric, act_order, version }
 }
 
@@ -227,7 +227,7 @@ mod tests {
                         assert!((got - want).abs() <= 1e-6 * want.abs() + 2e-6 * scales[unit], "{label}: {i}");
                     }
                     let size = if group == usize::MAX { -1 } else { group as i64 };
-                    let version = if symmetric { "gptq" } else { "gptq_v2" };
+                    let version = if symmetric && bits != 3 { "gptq" } else { "gptq_v2" };
                     for (field, want) in [
                         ("bits", json!(bits)),
                         ("group_size", json!(size)),
