@@ -12,8 +12,8 @@ use serde::Serialize;
 const MOST_ROWS: usize = 2048;
 /// The fewest that still fill it: rather than fewer, layers are computed twice.
 const FULL: usize = 512;
-/// What the program itself takes: its code, buffers of threads, the data's bookkeeping.
-const PROGRAM: u64 = 24 << 20;
+/// What the program itself takes, as measured on several models: its code, the tokenizer, buffers of threads, the data.
+const PROGRAM: u64 = 72 << 20;
 
 /// What a run is to be planned for.
 #[derive(Clone, Copy, Debug)]
@@ -254,7 +254,7 @@ mod tests {
                 seen.push((plan.rows, plan.twice));
             }
             before = plan;
-            limit -= limit / 200 + 1;
+            limit -= 64 << 10;
         }
         assert_eq!(seen[..3], [(2048, 0), (1024, 0), (512, 0)]);
         let twice = |rows: usize| seen.iter().any(|&(r, twice)| r == rows && twice > 0);
@@ -267,7 +267,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_says_what_would() {
         let model = model();
-        let wish = Wish { rule: Rule::Adamw, limit: 50 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
+        let wish =
+            Wish { rule: Rule::Adamw, limit: 100 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
         let error = Plan::choose(&model, &Method::Lora(LoraConfig::default()), &wish).unwrap_err().to_string();
         let limit = error.split("--memory ").nth(1).unwrap().split(',').next().unwrap().to_string();
         let limit = crate::quantize::memory::parse_size(limit.split(' ').next().unwrap()).unwrap();
