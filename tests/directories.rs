@@ -170,6 +170,6 @@ fn gguf_files_become_directories() {
         let figures =
             json(&["perplexity", &from_gguf, "-f", &text, "--ctx", "128", "--against", &from_directory, "--json"]);
         // GPTQ sums up in another order where rows stand in another: a code may differ here and there.
-        assert!(figures["kl"].as_f64().unwrap() < 1e-5, "{kind}: {figures}");
+        assert!(figures["kl"].as_f64().unwrap() < 1e-4, "{kind}: {figures}");
     }
 }

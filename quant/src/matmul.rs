@@ -224,9 +224,10 @@ impl Cpu {
         if n == 0 {
             return;
         }
-        // Formats that are rounded differently cannot share what was rounded.
+        // Matrices that activations are rounded for differently cannot share what was rounded.
         let wide = |w: &Matrix<'_>| w.format.block_len() > 32;
-        if self.wide(phase) && weights.iter().any(wide) && !weights.iter().all(wide) {
+        let differ = |is: &dyn Fn(&Matrix<'_>) -> bool| weights.iter().any(is) && !weights.iter().all(is);
+        if self.wide(phase) && differ(&wide) || phase == Phase::Prompt && differ(&|w| w.fine) {
             for (w, out) in weights.iter().zip(out) {
                 self.matmul(phase, x, n, &[*w], &mut [&mut **out]);
             }
