@@ -217,7 +217,7 @@ fn impossible_input_is_refused() {
     shape(run(&weights, 3, &h, None, q4_0));
     shape(run(&weights, usize::MAX, &h, None, q4_0));
     shape(run(&weights, rows, &Hessian::new(cols), None, q4_0));
-    shape(run(&weights, rows, (&h).into(), Some(&hessian(&cpu, 32, &x)), q4_0));
+    shape(run(&weights, rows, &h, Some(&hessian(&cpu, 32, &x)), q4_0));
     shape(run(&[], 0, &Hessian::new(0), None, q4_0));
     for grid in [
         Grid::Blocks(Format::F16),
@@ -225,12 +225,12 @@ fn impossible_input_is_refused() {
         Grid::Group { bits: 5, group: 32, symmetric: true },
         Grid::Group { bits: 4, group: 0, symmetric: true },
     ] {
-        assert!(matches!(run(&weights, rows, (&h).into(), None, grid), GptqError::Grid(_)));
+        assert!(matches!(run(&weights, rows, &h, None, grid), GptqError::Grid(_)));
     }
     for bad in [f32::NAN, f32::INFINITY] {
         let mut weights = weights.clone();
         weights[70] = bad;
-        assert!(matches!(run(&weights, rows, (&h).into(), None, q4_0), GptqError::NotFinite(_)));
+        assert!(matches!(run(&weights, rows, &h, None, q4_0), GptqError::NotFinite(_)));
         let mut x = x.clone();
         x[3] = bad;
         assert!(matches!(run(&weights[..cols], 1, &hessian(&cpu, cols, &x), None, q4_0), GptqError::NotFinite(_)));
