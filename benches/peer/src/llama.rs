@@ -135,6 +135,24 @@ pub struct Context<'m> {
 }
 
 impl Context<'_> {
+    /// Puts a LoRA adapter in force, which llama.cpp frees with the model.
+    pub fn adapt(&mut self, path: &Path) -> Result<()> {
+        let name = c_string(path)?;
+        // SAFETY: the name ends in a zero byte and outlives the call; the model is alive.
+        let adapter = unsafe { sys::llama_adapter_lora_init(self.model.0.as_ptr(), name.as_ptr()) };
+        if adapter.is_null() {
+            return Err(format!("{}: llama.cpp cannot load this adapter", path.display()));
+        }
+        let (mut adapters, mut scales) = ([adapter], [1.0]);
+        // SAFETY: both arrays have one element; the adapter was made for this context's model.
+        match unsafe {
+            sys::llama_set_adapters_lora(self.context.as_ptr(), adapters.as_mut_ptr(), 1, scales.as_mut_ptr())
+        } {
+            0 => Ok(()),
+            code => Err(format!("{}: llama.cpp refuses this adapter ({code})", path.display())),
+        }
+    }
+
     /// Forgets every token.
     pub fn clear(&mut self) {
         // SAFETY: the context is alive.

@@ -16,7 +16,7 @@ use llama::{Context, FlashAttention, Model, Result, Token};
 const USAGE: &str = "usage:
   rushlight-peer bench MODEL [--threads N] [-p 512] [-n 128] [--depth 0] [--batch 1] [-r 5] [--flash-attn auto|on|off]
   rushlight-peer quantize IN OUT --type Q4_K_M [--imatrix FILE.dat] [--threads N]
-  rushlight-peer logits MODEL --ids 1,2,3 [--all] [--greedy N] [--threads N] [--flash-attn auto|on|off]
+  rushlight-peer logits MODEL --ids 1,2,3 [--all] [--greedy N] [--adapter FILE.gguf] [--threads N] [--flash-attn auto|on|off]
   rushlight-peer perplexity MODEL -f FILE [--chunks N] [--ctx 512] [--threads N] [--flash-attn auto|on|off]
   rushlight-peer tokenize MODEL -f FILE [--no-bos] [--parse-special]
   rushlight-peer info
@@ -92,9 +92,10 @@ fn dispatch(args: &mut Arguments) -> Answer<String> {
             let ids: std::result::Result<Vec<Token>, _> = ids.split(',').map(|id| id.trim().parse()).collect();
             let ids = ids.map_err(|_| Failure::Usage("--ids takes numbers with commas between them".to_owned()))?;
             let (all, greedy) = (args.flag("--all"), args.number("--greedy", 0)?);
+            let adapter = args.value("--adapter")?.map(PathBuf::from);
             let model = args.path("MODEL")?;
             args.finish()?;
-            Ok(logits(&model, &ids, all, greedy, threads, attention)?)
+            Ok(logits(&model, adapter.as_deref(), &ids, (all, greedy), threads, attention)?)
         }
         "perplexity" => {
             let file = PathBuf::from(args.required("-f")?);
@@ -243,9 +244,9 @@ fn peak_memory() -> u64 {
 
 fn logits(
     path: &Path,
+    adapter: Option<&Path>,
     ids: &[Token],
-    all: bool,
-    greedy: usize,
+    (all, greedy): (bool, usize),
     threads: usize,
     attention: FlashAttention,
 ) -> Result<String> {
@@ -254,6 +255,9 @@ fn logits(
         return Err(format!("id {id} is not in the vocabulary of {} tokens", model.vocab_size()));
     }
     let mut context = model.context(ids.len() + greedy, 1, threads, attention)?;
+    if let Some(adapter) = adapter {
+        context.adapt(adapter)?;
+    }
     let mut positions = Vec::new();
     for (i, chunk) in ids.chunks(512).enumerate() {
         context.decode(chunk, all)?;
