@@ -1,0 +1,150 @@
+//! A matrix as a checkpoint has it.
+
+use crate::checkpoint::Bytes;
+use rushlight_quant::Matrix;
+use rushlight_quant::formats::Format;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A matrix as its file stores it, usually in place.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    data: Bytes,
+    order: Option<Arc<[u32]>>,
+    fine: bool,
+}
+
+impl Weight {
+    /// `rows` packed rows of `cols` weights; `None` where `data` is not exactly that.
+    pub fn new(format: Format, rows: usize, cols: usize, data: Bytes) -> Option<Weight> {
+        let weight = Weight { format, rows, cols, data, order: None, fine: false };
+        (rows.checked_mul(format.row_bytes(cols)?)? == weight.data.len()).then_some(weight)
+    }
+
+    /// A matrix of f32 values.
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Option<Weight> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Weight::new(Format::F32, rows, cols, Bytes::new(bytes))
+    }
+
+    /// How the weights are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Number of outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The packed rows, one after another.
+    pub fn data(&self) -> &Bytes {
+        &self.data
+    }
+
+    /// Row `row` as stored.
+    pub fn row(&self, row: usize) -> &[u8] {
+        let bytes = self.data.len() / self.rows;
+        &self.data[row * bytes..][..bytes]
+    }
+
+    /// The same matrix, whose columns are stored in the order `order`: column `i` of a row is input `order[i]`. `None`
+    /// where that is no order of its columns.
+    pub fn with_order(self, order: Arc<[u32]>) -> Option<Weight> {
+        let mut seen = vec![false; self.cols];
+        let all = order.iter().all(|&i| seen.get_mut(i as usize).is_some_and(|seen| !std::mem::replace(seen, true)));
+        (all && order.len() == self.cols).then_some(Weight { order: Some(order), ..self })
+    }
+
+    /// The order in which columns are stored, where it is not their own (see [`Weight::with_order`]). Whoever multiplies
+    /// by [`Weight::matrix`] gathers the inputs in this order first.
+    pub fn order(&self) -> Option<&Arc<[u32]>> {
+        self.order.as_ref()
+    }
+
+    /// The same matrix; whether generated tokens meet it with activations of 16 bits
+    /// ([`Matrix::with_fine_activations`]).
+    pub fn with_fine_activations(self, fine: bool) -> Weight {
+        Weight { fine, ..self }
+    }
+
+    /// Decodes row `row`, its columns in their own order.
+    pub fn decode_row(&self, row: usize, out: &mut [f32]) {
+        match &self.order {
+            None => self.format.decode(self.row(row), out),
+            Some(order) => {
+                let mut stored = vec![0.0; self.cols];
+                self.format.decode(self.row(row), &mut stored);
+                for (&i, w) in order.iter().zip(stored) {
+                    out[i as usize] = w;
+                }
+            }
+        }
+    }
+
+    /// All of it in f32, row by row, columns in their own order.
+    pub(super) fn values(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        (0..self.rows).for_each(|r| self.decode_row(r, &mut values[r * self.cols..][..self.cols]));
+        values
+    }
+
+    /// What the kernels take: columns as they are stored.
+    pub fn matrix(&self) -> Matrix<'_> {
+        let matrix = Matrix::new(self.format, self.rows, self.cols, &self.data);
+        matrix.expect("the length was checked by `new`").with_fine_activations(self.fine)
+    }
+
+    /// The rows `range`, in place; `None` where there are not so many.
+    pub fn row_range(&self, range: Range<usize>) -> Option<Weight> {
+        let bytes = self.data.len().checked_div(self.rows)?;
+        let data = self.data.slice(range.start.checked_mul(bytes)?..range.end.checked_mul(bytes)?)?;
+        Some(Weight { rows: range.len(), data, order: self.order.clone(), ..*self })
+    }
+
+    /// A copy with rows and columns exchanged, stored alike; `None` for formats that are not floating point.
+    pub(super) fn transposed(&self) -> Option<Weight> {
+        let size = self.format.is_float().then(|| self.format.block_bytes())?;
+        let mut data = Vec::with_capacity(self.data.len());
+        for col in 0..self.cols {
+            for row in 0..self.rows {
+                data.extend_from_slice(&self.data[(row * self.cols + col) * size..][..size]);
+            }
+        }
+        Weight::new(self.format, self.cols, self.rows, Bytes::new(data))
+    }
+
+    /// A copy whose rows are divided by their length, stored alike; `None` for formats that are not floating point.
+    pub(super) fn normalised(&self) -> Option<Weight> {
+        let mut row = vec![0.0f32; self.cols];
+        let mut data = Vec::with_capacity(self.data.len());
+        for r in 0..self.rows {
+            self.decode_row(r, &mut row);
+            let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
+            for x in &row {
+                let x = (f64::from(*x) / length) as f32;
+                match self.format {
+                    Format::F32 => data.extend_from_slice(&x.to_le_bytes()),
+                    Format::F16 => data.extend_from_slice(&half::f16::from_f32(x).to_le_bytes()),
+                    Format::BF16 => data.extend_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
+                    _ => return None,
+                }
+            }
+        }
+        Weight::new(self.format, self.rows, self.cols, Bytes::new(data))
+    }
+
+    /// A copy with the rows `order`.
+    pub fn with_rows(&self, order: &[usize]) -> Weight {
+        let data: Vec<u8> = order.iter().flat_map(|&r| self.row(r).iter().copied()).collect();
+        Weight { rows: order.len(), data: Bytes::new(data), order: self.order.clone(), ..*self }
+    }
+}
