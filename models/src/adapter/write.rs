@@ -99,7 +99,7 @@ pub fn write_peft(
     let own: HashSet<&str> = modules.iter().map(|m| m.name.as_str()).collect();
     // Modules that were left as they are: where one shares the end of its name with a trained one, the end says too much.
     let others: HashSet<String> = (model.linears())
-        .filter_map(|l| name_of(model, Naming::HuggingFace, l.role, l.layer).map(|(_, name)| name))
+        .filter_map(|l| model.module(Naming::HuggingFace, l.role, l.layer).map(|(_, name)| name))
         .filter(|name| !own.contains(name.as_str()))
         .map(|name| last(&name))
         .collect();
@@ -247,7 +247,7 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
     let mut groups: BTreeMap<(usize, String), (Role, Parts<'_>)> = BTreeMap::new();
     for pair in pairs {
         let (role, layer) = (pair.role, pair.layer);
-        let (whole, name) = name_of(model, naming, role, layer)
+        let (whole, name) = model.module(naming, role, layer)
             .ok_or_else(|| wrong(format!("{role:?} of layer {layer} has no name to be written under")))?;
         let parts = packing::parts(whole, family.packing(naming, whole), &model.spec, layer);
         let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
@@ -311,19 +311,6 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
         modules.push(module);
     }
     Ok(modules)
-}
-
-/// The role and the name of the matrix that holds that of `role` in files of `naming`.
-fn name_of(model: &Model, naming: Naming, role: Role, layer: usize) -> Option<(Role, String)> {
-    let family = model.family;
-    let packed = packing::packed_in(role, &model.spec).filter(|&packed| family.names_itself(naming, packed));
-    let whole = packed.unwrap_or(role);
-    // The first name for queries is that of the second of two matrices, which not all models have.
-    let name = match model.spec.latent.as_ref().is_some_and(|l| l.query.is_none()) && whole == Role::Q {
-        true => family.names_of(naming, whole, layer).last(),
-        false => family.name(naming, whole, layer),
-    };
-    Some((whole, name?))
 }
 
 /// The shape and values of a matrix as files of `naming` hold it.

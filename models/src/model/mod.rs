@@ -7,6 +7,7 @@ pub use weight::Weight;
 
 use crate::checkpoint::Checkpoint;
 use crate::families::{self, Family, Naming, Role};
+use crate::packing::packed_in;
 use crate::rope::Rotary;
 use crate::spec::{ModelSpec, Outline};
 use crate::{Error, Result};
@@ -258,6 +259,18 @@ impl Model {
         let mut model = model.ok_or_else(|| file("tensors are missing".into()))?;
         model.tensors = finder.ids;
         Ok(model)
+    }
+
+    /// The matrix that holds that of `role` in files of `naming`, where that may be several in one: its role and name.
+    pub fn module(&self, naming: Naming, role: Role, layer: usize) -> Option<(Role, String)> {
+        let unnamed = self.family.name(naming, role, layer).is_none();
+        let packed = packed_in(role, &self.spec).filter(|&p| unnamed || self.family.names_itself(naming, p));
+        let whole = packed.unwrap_or(role);
+        // The first name for queries is that of the second of two matrices, which not all models have.
+        let plain = whole == Role::Q && self.spec.latent.as_ref().is_some_and(|l| l.query.is_none());
+        let mut names = self.family.names_of(naming, whole, layer);
+        let name = if plain { names.last() } else { names.next() };
+        Some((whole, name?))
     }
 
     /// Every linear layer, the head last.

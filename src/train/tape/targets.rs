@@ -4,7 +4,6 @@ use anyhow::{Result, anyhow, bail};
 use regex::Regex;
 use rushlight_models::families::{Naming, Role};
 use rushlight_models::model::{Layer, Linear, Model, NormWeights};
-use rushlight_models::packing::packed_in;
 
 /// The module of a family's implementation that a weight belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,18 +16,9 @@ pub struct Module {
 
 /// The module of `linear`; `None` where it is no linear layer there (experts that are one tensor).
 pub fn module(model: &Model, linear: &Linear) -> Option<Module> {
-    let (family, naming) = (model.family, Naming::HuggingFace);
-    let own = family.name(naming, linear.role, linear.layer);
-    let packed = packed_in(linear.role, &model.spec).filter(|p| family.names_itself(naming, *p) || own.is_none());
-    let role = packed.unwrap_or(linear.role);
-    if family.stacked(naming, role) {
-        return None;
-    }
-    // Queries that are made of the stream have the second of two names.
-    let plain = role == Role::Q && model.spec.latent.as_ref().is_some_and(|latent| latent.query.is_none());
-    let mut names = family.names_of(naming, role, linear.layer);
-    let name = if plain { names.last() } else { names.next() }?;
-    Some(Module { name, part: packed.map(|_| linear.role) })
+    let (role, name) = model.module(Naming::HuggingFace, linear.role, linear.layer)?;
+    let part = (role != linear.role).then_some(linear.role);
+    (!model.family.stacked(Naming::HuggingFace, role)).then_some(Module { name, part })
 }
 
 /// Whether `all-linear` means this layer.
