@@ -56,10 +56,10 @@ def head_dim(fields):
     return fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
 
 
-def stretch(draw, fields, kinds="linear dynamic yarn llama3"):
+def stretch(draw, fields, kinds="linear dynamic yarn llama3", names="rope_type type"):
     """Gives a half of the models a scaling of rotary positions."""
     kind = draw.choice(kinds.split() + ["none"] * len(kinds.split()))
-    name = draw.choice(["rope_type", "type"])
+    name = draw.choice(names.split())
     if kind == "none":
         if draw.random() < 0.5:
             fields["rope_scaling"] = None
@@ -158,7 +158,7 @@ def gemma2(draw):
 
 
 def gemma3(draw):
-    fields = stretch(draw, gemma2(draw), "linear linear")
+    fields = stretch(draw, gemma2(draw), "linear linear", "rope_type")
     fields.pop("attn_logit_softcapping", None)
     fields["num_hidden_layers"] = draw.choice([2, 7])
     if draw.random() < 0.3:
@@ -281,13 +281,14 @@ def bloom(draw):
 
 
 def olmo(draw):
-    fields = maybe(draw, stretch(draw, shape(draw)), attention_bias=BOTH, clip_qkv=[None, 0.7])
+    fields = stretch(draw, shape(draw), "linear dynamic", "type")
+    maybe(draw, fields, attention_bias=BOTH, clip_qkv=[None, 0.7])
     del fields["rms_norm_eps"]
     return fields
 
 
 def olmo2(draw):
-    return maybe(draw, stretch(draw, shape(draw)), attention_bias=BOTH)
+    return maybe(draw, stretch(draw, shape(draw), "linear dynamic", "type"), attention_bias=BOTH)
 
 
 def smollm3(draw):
@@ -319,11 +320,17 @@ def stablelm(draw):
 
 
 def ernie4_5(draw):
-    return maybe(draw, stretch(draw, shape(draw, True)), use_bias=BOTH)
+    fields = stretch(draw, shape(draw, True))
+    if draw.random() < 0.3:
+        del fields["rope_theta"]
+    return maybe(draw, fields, use_bias=BOTH)
 
 
 def helium(draw):
-    return maybe(draw, shape(draw, True), attention_bias=BOTH, mlp_bias=BOTH)
+    fields = maybe(draw, shape(draw), attention_bias=BOTH, mlp_bias=BOTH)
+    if draw.random() < 0.3:
+        del fields["rope_theta"]
+    return fields | {"head_dim": head_dim(fields)}
 
 
 FAMILIES = [llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, gemma, gemma2, gemma3, phi, phi3, glm,

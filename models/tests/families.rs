@@ -351,33 +351,6 @@ fn reordering_there_and_back_changes_nothing() {
     assert!((0..24).all(|i| there[back[i]] == i));
 }
 
-/// docs/families.md as the registry has it. With RUSHLIGHT_WRITE_DOCS set it is written, otherwise compared.
-#[test]
-fn the_list_of_families_is_the_registry() {
-    let code = |names: &[&str]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
-    let mut text = String::from(
-        "# Families\n\nEvery family of models that Rushlight reads, from Hugging Face directories and, where an architecture is \
-         named, from GGUF.\nThis page is written by a test from the list in `models/src/families/mod.rs`; \
-         [adding-a-family.md](adding-a-family.md) says how to\nadd one. Adapters name the linear layers as the family's own \
-         files do.\n\n\
-         | family | `model_type` | GGUF architecture | linear layers |\n| --- | --- | --- | --- |\n",
-    );
-    for family in FAMILIES {
-        let gguf = family.gguf.map_or("none".into(), |g| code(&[g.architecture]));
-        let targets = code(&family.targets());
-        text += &format!("| {} | {} | {gguf} | {targets} |\n", family.name, code(family.model_types));
-    }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md");
-    if std::env::var_os("RUSHLIGHT_WRITE_DOCS").is_some() {
-        std::fs::write(&path, &text).unwrap();
-    }
-    let there = std::fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(
-        there, text,
-        "write it anew: RUSHLIGHT_WRITE_DOCS=1 cargo test -p rushlight-models the_list_of_families"
-    );
-}
-
 #[test]
 fn no_two_families_answer_to_one_name() {
     for (i, a) in FAMILIES.iter().enumerate() {

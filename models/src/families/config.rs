@@ -41,7 +41,9 @@ pub struct Fields {
     /// Which values rotary embeddings pair.
     pub layout: RopeLayout,
     /// How much of a head is rotated where the configuration does not say.
-    pub rotated: f32,
+    pub rotated: f64,
+    /// Whether layers with a window have rotary positions of their own.
+    pub local_rope: bool,
     /// Whether the MLP has a gate.
     pub gated: bool,
     /// What stands for `context`, `activation`, `eps` and `width` (in multiples of the stream's) where the configuration
@@ -60,10 +62,12 @@ pub struct Defaults {
     pub eps: Option<f32>,
     /// Rows of up for each value of the stream.
     pub widths: Option<usize>,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
 }
 
-/// Nothing may be left out.
-pub const ALL: Defaults = Defaults { context: None, activation: None, eps: None, widths: None };
+/// Nothing may be left out but the base of rotary frequencies.
+pub const ALL: Defaults = Defaults { context: None, activation: None, eps: None, widths: None, rope_theta: 10000.0 };
 
 /// The fields of llama's configuration, which most later families kept.
 pub const FIELDS: Fields = Fields {
@@ -82,6 +86,7 @@ pub const FIELDS: Fields = Fields {
     norm: NormKind::Rms,
     layout: RopeLayout::Half,
     rotated: 1.0,
+    local_rope: false,
     gated: true,
     or: ALL,
 };
@@ -139,6 +144,11 @@ impl<'a> Config<'a> {
         self.get(name)?.as_str()
     }
 
+    /// The fields of the object `name`.
+    pub fn object(&self, name: &str) -> Option<Config<'a>> {
+        Some(Config::new(self.get(name)?, self.path))
+    }
+
     /// The class names in `architectures`.
     pub fn architectures(&self) -> Vec<&'a str> {
         let list = self.get("architectures").and_then(Value::as_array);
@@ -155,9 +165,13 @@ impl<'a> Config<'a> {
         self.usize_opt(name)?.ok_or_else(|| self.error(format!("the field {name} is missing")))
     }
 
+    fn f64_opt(&self, name: &str) -> Result<Option<f64>> {
+        self.convert(name, "a number", Value::as_f64)
+    }
+
     /// A number that may be absent.
     pub fn f32_opt(&self, name: &str) -> Result<Option<f32>> {
-        self.convert(name, "a number", |v| v.as_f64().map(|x| x as f32))
+        Ok(self.f64_opt(name)?.map(|x| x as f32))
     }
 
     /// A number.
@@ -192,9 +206,17 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// Refuses a configuration whose word `name` is not `wanted`, which is what it is where it is absent.
+    pub fn only_word(&self, name: &str, wanted: &str) -> Result<()> {
+        match self.get(name) {
+            Some(other) if other != wanted => Err(self.error(format!("{name} = {other} is not supported"))),
+            _ => Ok(()),
+        }
+    }
+
     /// The attention window of each of `layers`: `window` where the field `layer_types` says so, or else where
     /// `slides` does.
-    pub fn windows(
+    fn windows(
         &self,
         layers: usize,
         window: Option<usize>,
@@ -219,9 +241,10 @@ impl<'a> Config<'a> {
     }
 
     /// Sets the attention window of every layer: the field `sliding_window`, where `layer_types` says so or else where
-    /// `slides` does.
-    pub fn slide(&self, spec: &mut ModelSpec, slides: impl Fn(usize) -> bool) -> Result<()> {
-        let windows = self.windows(spec.layers.len(), self.usize_opt("sliding_window")?, slides)?;
+    /// `slides` does. `absent` stands for a field that is not there; null is none.
+    pub fn slide(&self, spec: &mut ModelSpec, absent: Option<usize>, slides: impl Fn(usize) -> bool) -> Result<()> {
+        let window = if self.has("sliding_window") { self.usize_opt("sliding_window")? } else { absent };
+        let windows = self.windows(spec.layers.len(), window, slides)?;
         spec.layers.iter_mut().zip(windows).for_each(|(layer, window)| layer.window = window);
         Ok(())
     }
@@ -258,20 +281,38 @@ impl<'a> Config<'a> {
         {
             return Err(self.error("rope_scaling and rope_parameters contradict each other"));
         }
-        // transformers 5 moved rope_theta and partial_rotary_factor into rope_parameters.
+        // transformers 5 moved rope_theta and partial_rotary_factor into rope_parameters, which may differ by kind of layer.
+        let full = new.and_then(|new| new.get("full_attention"));
+        if full.is_some()
+            && !fields.local_rope
+            && new.and_then(|new| new.get("sliding_attention")).is_some_and(|s| Some(s) != full)
+        {
+            return Err(self.error("rope_parameters that differ between layers are not supported for this family"));
+        }
         let empty = Value::Null;
-        let parameters = Config::new(new.or(old).unwrap_or(&empty), self.path);
+        let parameters = Config::new(full.or(new).or(old).unwrap_or(&empty), self.path);
         let theta = match parameters.f32_opt("rope_theta")? {
             Some(theta) => theta,
-            None => self.f32_opt(fields.rope_theta)?.unwrap_or(10000.0),
+            None => self.f32_opt(fields.rope_theta)?.unwrap_or(fields.or.rope_theta),
         };
-        let partial = match parameters.f32_opt("partial_rotary_factor")? {
+        let partial = match parameters.f64_opt("partial_rotary_factor")? {
             Some(partial) => partial,
-            None => self.f32_opt("partial_rotary_factor")?.unwrap_or(fields.rotated),
+            None => self.f64_opt("rotary_pct|partial_rotary_factor")?.unwrap_or(fields.rotated),
         };
-        let dim = (head_dim as f32 * partial) as usize;
+        let dim = (head_dim as f64 * partial) as usize;
         let scaling = self.rope_scaling(&parameters, context_length)?;
         Ok(Rope { theta, dim, first: 0, layout: fields.layout, scaling })
+    }
+
+    /// The base of rotary frequencies in layers with a window, where they have one of their own.
+    pub(super) fn local_theta(&self) -> Result<Option<f32>> {
+        match self.get("rope_parameters").and_then(|p| p.get("sliding_attention")) {
+            Some(local) if kind(local) != "default" => {
+                Err(self.error("rotary positions that are scaled in layers with a window are not supported"))
+            }
+            Some(local) => Config::new(local, self.path).f32_opt("rope_theta"),
+            None => self.f32_opt("rope_local_base_freq"),
+        }
     }
 
     /// DeepSeek's factor on queries and on keys for stretched positions, 1 where they are not.
@@ -315,11 +356,13 @@ impl<'a> Config<'a> {
                 }
             }
             "longrope" | "su" => {
+                // Beside the scaling, the original context gives the stretch too.
+                let outer = self.usize_opt("original_max_position_embeddings")?;
                 let original = match p.usize_opt("original_max_position_embeddings")? {
                     Some(original) => original,
                     None => self.usize("original_max_position_embeddings")?,
                 };
-                let stretch = match p.f32_opt("factor")? {
+                let stretch = match p.f32_opt("factor")?.filter(|_| outer.is_none()) {
                     Some(factor) => factor,
                     None => context_length as f32 / original as f32,
                 };

@@ -62,10 +62,14 @@ fn from_config(
     family: &'static str,
     route: impl Fn(Experts) -> Result<Experts>,
 ) -> Result<ModelSpec> {
-    let mut spec = config.decoder_of(family, &DEEPSEEK)?;
+    let layout = match config.bool_or("rope_interleave", true)? {
+        true => RopeLayout::Interleaved,
+        false => RopeLayout::Half,
+    };
+    let mut spec = config.decoder_of(family, &Fields { layout, ..DEEPSEEK })?;
     let (plain, rotated) = (config.usize("qk_nope_head_dim")?, config.usize("qk_rope_head_dim")?);
-    let bias = config.bool_or("attention_bias", false)?;
-    spec.bias = Biases { qkv: bias, output: bias, ..Biases::default() };
+    let (attention, mlp) = (config.bool_or("attention_bias", false)?, config.bool_or("mlp_bias", false)?);
+    spec.bias = Biases { qkv: attention, output: attention, up: mlp, down: mlp, head: false };
     spec.head_dim = plain.saturating_add(rotated);
     spec.value_dim = config.usize("v_head_dim")?;
     spec.ropes[0].first = plain;
@@ -97,6 +101,9 @@ fn groups(config: &Config<'_>, best: usize) -> Result<Option<Groups>> {
 }
 
 fn v2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    config.only_word("scoring_func", "softmax")?;
+    // Divided by their sum, weights are not scaled in DeepSeek's code and are neither in transformers'.
+    config.only("norm_topk_prob", false)?;
     from_config(config, "deepseek_v2", |experts| {
         let groups = match config.str("topk_method") {
             Some("greedy") | None => None,
@@ -108,6 +115,8 @@ fn v2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
 }
 
 fn v3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    config.only_word("scoring_func", "sigmoid")?;
+    config.only_word("topk_method", "noaux_tc")?;
     from_config(config, "deepseek_v3", |experts| {
         let groups = groups(config, 2)?;
         Ok(Experts { routing: Routing::Sigmoid, choice_bias: true, groups, ..experts })

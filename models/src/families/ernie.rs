@@ -1,6 +1,6 @@
 //! ERNIE 4.5 (dense): llama with pairs of rotated values side by side.
 
-use super::{Config, FIELDS, Family, Fields, Gguf, Keys, PLAIN};
+use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
@@ -14,7 +14,8 @@ pub(super) static FAMILY: Family = Family {
     ..PLAIN
 };
 
-const ERNIE: Fields = Fields { tied: true, layout: RopeLayout::Interleaved, ..FIELDS };
+const ERNIE: Fields =
+    Fields { tied: true, layout: RopeLayout::Interleaved, or: Defaults { rope_theta: 500_000.0, ..ALL }, ..FIELDS };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let bias = config.bool_or("use_bias", false)?;

@@ -41,37 +41,58 @@ const FOUR_NORMS: super::Names = &[
     (Role::MlpPostNorm, "model.layers.{}.post_feedforward_layernorm"),
 ];
 
-/// The reference computes with the tanh approximation, whatever the oldest configurations say.
-const GEMMA: Fields =
-    Fields { activation: "", tied: true, or: Defaults { activation: Some(Activation::GeluTanh), ..ALL }, ..FIELDS };
+const GEMMA: Fields = Fields {
+    activation: "hidden_activation",
+    tied: true,
+    or: Defaults { activation: Some(Activation::GeluTanh), ..ALL },
+    ..FIELDS
+};
+const GEMMA_3: Fields = Fields { local_rope: true, or: Defaults { rope_theta: 1e6, ..GEMMA.or }, ..GEMMA };
 
 fn common(mut spec: ModelSpec) -> ModelSpec {
     spec.embedding_scale = (spec.hidden_size as f32).sqrt();
     spec
 }
 
-fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
+fn with_offset(config: &Config<'_>, fields: &Fields) -> Result<ModelSpec> {
     config.only("attention_bias", false)?;
-    let mut spec = common(config.decoder_of("gemma", &GEMMA)?);
+    let mut spec = common(config.decoder_of("gemma", fields)?);
     spec.norm.weight_offset = 1.0;
     Ok(spec)
 }
 
-fn second_from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    let mut spec = ModelSpec { family: "gemma2", placement: Placement::Both, ..from_config(config)? };
+fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = with_offset(config, &Fields { activation: "hidden_activation|hidden_act", ..GEMMA })?;
+    // The oldest configurations say gelu; the models were trained with the tanh approximation.
+    for mlp in spec.layers.iter_mut().filter_map(|l| l.mlp.as_mut()).filter(|m| m.activation == Activation::Gelu) {
+        mlp.activation = Activation::GeluTanh;
+    }
+    Ok(spec)
+}
+
+fn with_four_norms(config: &Config<'_>, family: &'static str, fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = ModelSpec { family, placement: Placement::Both, ..with_offset(config, fields)? };
     spec.attention_scale = config.f32_opt("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5);
     spec.attention_softcap = config.f32_opt("attn_logit_softcapping")?;
     spec.logit_softcap = config.f32_opt("final_logit_softcapping")?;
-    config.slide(&mut spec, |layer| layer % 2 == 0)?;
+    Ok(spec)
+}
+
+fn second_from_config(config: &Config<'_>) -> Result<ModelSpec> {
+    let mut spec = with_four_norms(config, "gemma2", &GEMMA)?;
+    // What is left out is capped; null is not.
+    spec.attention_softcap = spec.attention_softcap.or((!config.has("attn_logit_softcapping")).then_some(50.0));
+    spec.logit_softcap = spec.logit_softcap.or((!config.has("final_logit_softcapping")).then_some(30.0));
+    config.slide(&mut spec, Some(4096), |layer| layer % 2 == 0)?;
     Ok(spec)
 }
 
 fn third_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only("use_bidirectional_attention", false)?;
-    let mut spec = ModelSpec { family: "gemma3", qk_norm: QkNorm::Head, ..second_from_config(config)? };
+    let mut spec = ModelSpec { qk_norm: QkNorm::Head, ..with_four_norms(config, "gemma3", &GEMMA_3)? };
     let pattern = config.usize_opt("sliding_window_pattern|_sliding_window_pattern")?.unwrap_or(6).max(1);
-    config.slide(&mut spec, |layer| (layer + 1) % pattern != 0)?;
-    let local = config.f32_opt("rope_local_base_freq")?.unwrap_or(10000.0);
+    config.slide(&mut spec, Some(4096), |layer| (layer + 1) % pattern != 0)?;
+    let local = config.local_theta()?.unwrap_or(10000.0);
     turn_windows(&mut spec, local);
     Ok(spec)
 }

@@ -33,7 +33,7 @@ pub(super) static GLM4: Family = Family {
 const GLM: Fields = Fields { layout: RopeLayout::Interleaved, rotated: 0.5, ..FIELDS };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    let bias = Biases { qkv: config.bool_or("attention_bias", false)?, ..Biases::default() };
+    let bias = Biases { qkv: config.bool_or("attention_bias", true)?, ..Biases::default() };
     Ok(ModelSpec { bias, ..config.decoder_of("glm", &GLM)? })
 }
 

@@ -34,10 +34,13 @@ pub(super) const NAMES: Names = &[
 const BIAS: Biases = Biases { qkv: true, output: true, up: true, down: true, head: false };
 
 pub(super) fn from_config(config: &Config<'_>, family: &'static str) -> Result<ModelSpec> {
-    config.only("scale_attn_weights", true)?;
     config.only("scale_attn_by_inverse_layer_idx", false)?;
     config.only("add_cross_attention", false)?;
-    Ok(learned(ModelSpec { bias: BIAS, ..config.decoder_of(family, &GPT_FIELDS)? }))
+    let mut spec = learned(ModelSpec { bias: BIAS, ..config.decoder_of(family, &GPT_FIELDS)? });
+    if !config.bool_or("scale_attn_weights", true)? {
+        spec.attention_scale = 1.0;
+    }
+    Ok(spec)
 }
 
 fn learned(mut spec: ModelSpec) -> ModelSpec {

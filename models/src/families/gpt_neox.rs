@@ -35,6 +35,7 @@ const NEOX: Fields = Fields {
     eps: "layer_norm_eps",
     rope_theta: "rope_theta|rotary_emb_base",
     norm: LAYER_NORM,
+    rotated: 0.25,
     gated: false,
     ..FIELDS
 };
@@ -45,8 +46,6 @@ fn side_by_side(parallel: bool) -> Branches {
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = config.decoder_of("gpt_neox", &NEOX)?;
-    let rotated = config.f32_opt("rotary_pct|partial_rotary_factor")?.unwrap_or(0.25);
-    spec.ropes[0].dim = (spec.head_dim as f32 * rotated) as usize;
     let attention = config.bool_or("attention_bias", true)?;
     spec.bias = Biases { qkv: attention, output: attention, up: true, down: true, head: false };
     spec.branches = side_by_side(config.bool_or("use_parallel_residual", true)?);

@@ -1,6 +1,6 @@
 //! gpt-oss: experts with biases, an attention sink for each head, windows in turn.
 
-use super::{Config, Family, Gguf, Keys, PLAIN, Role};
+use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role};
 use crate::Result;
 use crate::packing::Packing;
 use crate::spec::{Biases, Experts, Mlp, ModelSpec, RopeScaling, Routing};
@@ -28,11 +28,17 @@ pub(super) static FAMILY: Family = Family {
     ..PLAIN
 };
 
+const OSS: Fields = Fields { or: Defaults { rope_theta: 150000.0, ..ALL }, ..FIELDS };
+
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    let mut spec = ModelSpec { sinks: true, ..config.decoder("gpt_oss")? };
+    // The reference takes the released models' for granted.
+    if !config.has("rope_scaling") && !config.has("rope_parameters") {
+        return Err(config.error("the field rope_scaling is missing"));
+    }
+    let mut spec = ModelSpec { sinks: true, ..config.decoder_of("gpt_oss", &OSS)? };
     let attention = config.bool_or("attention_bias", true)?;
     spec.bias = Biases { qkv: attention, output: attention, up: true, down: true, head: false };
-    config.slide(&mut spec, |layer| layer % 2 == 0)?;
+    config.slide(&mut spec, Some(128), |layer| layer % 2 == 0)?;
     let (count, used) = (config.usize("num_local_experts|num_experts")?, config.usize("num_experts_per_tok")?);
     for layer in &mut spec.layers {
         let mlp = layer.mlp.take().map(|mlp| Mlp { activation: Activation::ClampedSilu, ..mlp });

@@ -142,6 +142,10 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
         }
     }
     let (mut meant, read) = read(&metadata)?;
+    // Rows change places on the way only where the architecture has all of them in its own order.
+    if !form.reordered && spec.ropes.iter().zip(&read.ropes).any(|(a, b)| a.layout != b.layout) {
+        return Err(impossible("order of rotary pairs"));
+    }
     let mut notes = Vec::new();
     let window = windows(&meant).flatten().min();
     for (meant, read) in meant.ropes.iter_mut().zip(&read.ropes) {

@@ -15,11 +15,6 @@ pub(super) static FAMILY: Family = Family {
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = config.decoder("mistral")?;
-    // Absent (not null), it is what the reference implementation takes.
-    let window = if config.has("sliding_window") { config.usize_opt("sliding_window")? } else { Some(4096) };
-    let windows = config.windows(spec.layers.len(), window, |_| true)?;
-    for (layer, window) in spec.layers.iter_mut().zip(windows) {
-        layer.window = window;
-    }
+    config.slide(&mut spec, Some(4096), |_| true)?;
     Ok(spec)
 }

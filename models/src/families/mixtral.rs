@@ -1,6 +1,6 @@
 //! Mixtral: mistral with experts. Its GGUF files say `llama`.
 
-use super::{Config, Family, PLAIN, Role, llama};
+use super::{ALL, Config, Defaults, FIELDS, Family, Fields, PLAIN, Role, llama};
 use crate::Result;
 use crate::spec::{Experts, ModelSpec};
 
@@ -19,9 +19,11 @@ pub(super) static FAMILY: Family = Family {
     ..PLAIN
 };
 
+const MIXTRAL: Fields = Fields { or: Defaults { rope_theta: 1e6, ..ALL }, ..FIELDS };
+
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    let mut spec = config.decoder("mixtral")?;
-    config.slide(&mut spec, |_| true)?;
+    let mut spec = config.decoder_of("mixtral", &MIXTRAL)?;
+    config.slide(&mut spec, None, |_| true)?;
     let (count, used) = (config.usize("num_local_experts")?, config.usize("num_experts_per_tok")?);
     for layer in &mut spec.layers {
         layer.experts = layer.mlp.take().map(|mlp| Experts { renormalise: true, ..Experts::new(count, used, mlp) });

@@ -23,7 +23,7 @@ pub(super) static FAMILY: Family = Family {
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only("attention_bias", false)?;
     let mut spec = config.decoder("phi3")?;
-    config.slide(&mut spec, |_| true)?;
+    config.slide(&mut spec, None, |_| true)?;
     Ok(spec)
 }
 

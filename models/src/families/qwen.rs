@@ -39,6 +39,7 @@ const QWEN: Fields = Fields {
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = config.decoder_of("qwen", &QWEN)?;
     config.only("no_bias", true)?;
+    config.only("scale_attn_weights", true)?;
     spec.bias = Biases { qkv: true, ..Biases::default() };
     for mlp in spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()) {
         mlp.width /= 2;

@@ -21,12 +21,8 @@ pub(super) fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { bias: BIAS, ..config.decoder("qwen2")? };
     if config.bool_or("use_sliding_window", false)? {
         // The first layers see everything. The defaults are the reference implementation's.
-        let window = config.usize_opt("sliding_window")?.unwrap_or(4096);
         let full = config.usize_opt("max_window_layers")?.unwrap_or(28);
-        let windows = config.windows(spec.layers.len(), Some(window), |layer| layer >= full)?;
-        for (layer, window) in spec.layers.iter_mut().zip(windows) {
-            layer.window = window;
-        }
+        config.slide(&mut spec, Some(4096), |layer| layer >= full)?;
     }
     Ok(spec)
 }

@@ -20,7 +20,7 @@ pub(super) fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { qk_norm: QkNorm::Head, bias, ..config.decoder("qwen3")? };
     if config.bool_or("use_sliding_window", false)? {
         let full = config.usize_opt("max_window_layers")?.unwrap_or(28);
-        config.slide(&mut spec, |layer| layer >= full)?;
+        config.slide(&mut spec, Some(4096), |layer| layer >= full)?;
     }
     Ok(spec)
 }

@@ -2,7 +2,7 @@
 
 use super::{Config, Family, Gguf, Keys, NAMES, PLAIN, Role, qwen2, qwen3};
 use crate::Result;
-use crate::spec::{Experts, Mlp, ModelSpec};
+use crate::spec::{Experts, LayerSpec, Mlp, ModelSpec};
 
 pub(super) static QWEN2: Family = Family {
     name: "qwen2_moe",
@@ -57,6 +57,12 @@ fn mix(config: &Config<'_>, spec: &mut ModelSpec, shared: Option<usize>) -> Resu
 
 fn qwen2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "qwen2_moe", ..qwen2::from_config(config)? };
+    // With plain and fused attention the reference lets all layers slide, with flash attention those behind
+    // max_window_layers.
+    let slides = |layer: &LayerSpec| layer.window.is_some();
+    if config.bool_or("use_sliding_window", false)? && !spec.layers.iter().all(slides) {
+        return Err(config.error("use_sliding_window with max_window_layers is not supported"));
+    }
     spec.bias.qkv = config.bool_or("qkv_bias", true)?;
     mix(config, &mut spec, Some(config.usize("shared_expert_intermediate_size")?))?;
     Ok(spec)
@@ -64,6 +70,9 @@ fn qwen2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
 
 fn qwen3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "qwen3_moe", ..qwen3::from_config(config)? };
+    if config.bool_or("use_sliding_window", false)? {
+        config.slide(&mut spec, Some(4096), |_| true)?;
+    }
     mix(config, &mut spec, None)?;
     Ok(spec)
 }

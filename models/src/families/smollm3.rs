@@ -1,6 +1,6 @@
 //! SmolLM3: llama whose every fourth layer has no positions.
 
-use super::{Config, FIELDS, Family, Fields, Gguf, Keys, PLAIN};
+use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN};
 use crate::Result;
 use crate::spec::{Biases, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
@@ -14,13 +14,12 @@ pub(super) static FAMILY: Family = Family {
     ..PLAIN
 };
 
+const SMOLLM: Fields = Fields { tied: true, or: Defaults { rope_theta: 2e6, ..ALL }, ..FIELDS };
+
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    let mut spec = config.decoder_of("smollm3", &Fields { tied: true, ..FIELDS })?;
+    let mut spec = config.decoder_of("smollm3", &SMOLLM)?;
     let (attention, mlp) = (config.bool_or("attention_bias", false)?, config.bool_or("mlp_bias", false)?);
     spec.bias = Biases { qkv: attention, output: attention, up: mlp, down: mlp, head: false };
-    if config.bool_or("use_sliding_window", false)? {
-        config.slide(&mut spec, |_| false)?;
-    }
     let every = config.usize_opt("no_rope_layer_interval")?.unwrap_or(4);
     let turned = match config.get("no_rope_layers") {
         None => (0..spec.layers.len()).map(|i| f32::from(u8::from((i + 1) % every.max(1) != 0))).collect(),
@@ -29,6 +28,9 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     if turned.len() != spec.layers.len() {
         let (n, layers) = (turned.len(), spec.layers.len());
         return Err(config.error(format!("no_rope_layers has {n} entries for {layers} layers")));
+    }
+    if config.bool_or("use_sliding_window", false)? {
+        config.slide(&mut spec, None, |layer| turned[layer] == 0.0)?;
     }
     for (layer, turned) in spec.layers.iter_mut().zip(turned) {
         layer.rope = layer.rope.filter(|_| turned != 0.0);

@@ -2,7 +2,7 @@
 
 use super::{Config, FIELDS, Family, Fields, Gguf, Keys, LAYER_NORM, PLAIN, Role};
 use crate::Result;
-use crate::spec::{Biases, ModelSpec};
+use crate::spec::{Biases, Branches, ModelSpec};
 use rushlight_quant::ops::RopeLayout;
 
 pub(super) static FAMILY: Family = Family {
@@ -16,17 +16,22 @@ pub(super) static FAMILY: Family = Family {
 
 const STABLELM: Fields = Fields { eps: "layer_norm_eps", norm: LAYER_NORM, rotated: 0.25, ..FIELDS };
 
+fn side_by_side(parallel: bool) -> Branches {
+    if parallel { Branches::ParallelShared } else { Branches::Sequential }
+}
+
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only("qk_layernorm", false)?;
-    config.only("use_parallel_residual", false)?;
     let bias = Biases { qkv: config.bool_or("use_qkv_bias", false)?, ..Biases::default() };
-    Ok(ModelSpec { bias, ..config.decoder_of("stablelm", &STABLELM)? })
+    let branches = side_by_side(config.bool_or("use_parallel_residual", false)?);
+    Ok(ModelSpec { bias, branches, ..config.decoder_of("stablelm", &STABLELM)? })
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    if keys.has(Role::QNorm) || !keys.has(Role::MlpNorm) {
-        return Err(keys.error("StableLM with normed queries or branches side by side is not supported"));
+    if keys.has(Role::QNorm) {
+        return Err(keys.error("StableLM with normed queries is not supported"));
     }
     let bias = Biases { qkv: keys.has_bias(Role::Q), ..Biases::default() };
-    Ok(ModelSpec { bias, ..keys.decoder("stablelm", RopeLayout::Half)? })
+    let branches = side_by_side(!keys.has(Role::MlpNorm));
+    Ok(ModelSpec { bias, branches, ..keys.decoder("stablelm", RopeLayout::Half)? })
 }

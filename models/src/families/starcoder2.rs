@@ -21,7 +21,7 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = config.decoder_of("starcoder2", &STARCODER)?;
     let bias = config.bool_or("use_bias", true)?;
     spec.bias = Biases { qkv: bias, output: bias, up: bias, down: bias, head: false };
-    config.slide(&mut spec, |_| true)?;
+    config.slide(&mut spec, None, |_| true)?;
     Ok(spec)
 }
 

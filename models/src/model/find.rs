@@ -134,7 +134,8 @@ impl<'a> Finder<'a> {
             None => (hidden, kv_width, spec.value_width()),
         };
         let latent = spec.latent.as_ref().map(|latent| self.latent(i, spec, latent));
-        let q = self.linear(Role::Q, i, spec, q_width, q_from, spec.bias.qkv);
+        // Made from latent vectors, queries have no bias: what makes those has it.
+        let q = self.linear(Role::Q, i, spec, q_width, q_from, spec.bias.qkv && spec.latent.is_none());
         let k = self.linear(Role::K, i, spec, k_rows, hidden, spec.bias.qkv);
         let v = self.linear(Role::V, i, spec, v_rows, hidden, spec.bias.qkv);
         let o = self.linear(Role::O, i, spec, hidden, spec.heads * spec.value_dim, spec.bias.output);
