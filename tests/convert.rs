@@ -5,7 +5,7 @@ mod golden;
 use golden::{Steps, best, check, check_golden, ids, json, options, shared};
 use rushlight::engine::{Engine, Options};
 use rushlight_models::checkpoint::gguf::Writer;
-use rushlight_models::checkpoint::{Checkpoint, TensorInfo};
+use rushlight_models::checkpoint::{Checkpoint, TensorInfo, Value};
 use rushlight_models::convert::{Conversion, Directory, to_gguf, to_huggingface};
 use rushlight_models::tokenizer::{ChatTemplate, Specials, Tokenizer};
 use rushlight_quant::formats::Format;
@@ -64,6 +64,64 @@ fn every_family_gives_the_same_logits_as_gguf() {
     check(&mut Engine::open(&path, &long).unwrap(), &dir.join("golden.json"), Steps::Last);
 }
 
+/// Writes the GGUF file `source` as llama.cpp's converter does today: what makes keys and values of latent vectors is in two
+/// parts, the keys' transposed, and lengths are those of attention on the latent vectors themselves.
+fn split_latent(source: &Path, out: &Path) {
+    let checkpoint = Checkpoint::open(source).unwrap();
+    let mut metadata = checkpoint.metadata().unwrap().clone();
+    let get = |key: &str| metadata.u64(&format!("deepseek2.{key}")).unwrap() as usize;
+    let (heads, latent, rotated) =
+        (get("attention.head_count"), get("attention.kv_lora_rank"), get("rope.dimension_count"));
+    let (key, value) = (get("attention.key_length"), get("attention.value_length"));
+    for (name, n) in [
+        ("head_count_kv", 1),
+        ("key_length", latent + rotated),
+        ("value_length", latent),
+        ("key_length_mla", key),
+        ("value_length_mla", value),
+    ] {
+        metadata.0.insert(format!("deepseek2.attention.{name}"), Value::Unsigned(n as u64));
+    }
+    let plain = key - rotated;
+    let mut tensors: Vec<(TensorInfo, Vec<u8>)> = Vec::new();
+    for info in checkpoint.tensors() {
+        let data = checkpoint.tensor(&info.name).unwrap().data;
+        if !info.name.contains("attn_kv_b") {
+            tensors.push((info.clone(), data.to_vec()));
+            continue;
+        }
+        let at = |row: usize, col: usize| data[4 * (row * latent + col)..][..4].to_vec();
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for first in (0..heads).map(|h| h * (plain + value)) {
+            (0..latent).for_each(|c| (0..plain).for_each(|r| keys.extend(at(first + r, c))));
+            (plain..plain + value).for_each(|r| (0..latent).for_each(|c| values.extend(at(first + r, c))));
+        }
+        for (part, shape, data) in [("k", [heads, latent, plain], keys), ("v", [heads, value, latent], values)] {
+            let name = info.name.replace("attn_kv_b", &format!("attn_{part}_b"));
+            tensors.push((TensorInfo { name, shape: shape.into(), ..info.clone() }, data));
+        }
+    }
+    let infos: Vec<TensorInfo> = tensors.iter().map(|(info, _)| info.clone()).collect();
+    let mut writer = Writer::create(out, &metadata, &infos).unwrap();
+    tensors.iter().for_each(|(info, data)| writer.write(&info.name, data).unwrap());
+    writer.finish().unwrap();
+}
+
+#[test]
+fn latent_matrices_in_two_parts() {
+    let out = tempfile::tempdir().unwrap();
+    for name in ["deepseek_v2", "deepseek_v3"] {
+        let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
+        let (file, parts) = (out.path().join(format!("{name}.gguf")), out.path().join(format!("{name}-parts.gguf")));
+        convert(&dir, &file);
+        split_latent(&file, &parts);
+        check(&mut Engine::open(&parts, &options(&[])).unwrap(), &dir.join("golden.json"), Steps::All);
+        if let Some(keep) = std::env::var_os("RUSHLIGHT_KEEP") {
+            std::fs::copy(&parts, Path::new(&keep).join(format!("{name}-parts.gguf"))).unwrap();
+        }
+    }
+}
+
 #[test]
 fn what_gguf_cannot_say_is_refused_or_told() {
     for (name, why) in [
@@ -78,7 +136,15 @@ fn what_gguf_cannot_say_is_refused_or_told() {
         let error = to_gguf(&Checkpoint::open(&dir).unwrap()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(why), "{name}: {error}");
     }
-    for (name, notes) in [("qwen-7b", &["logn", "text grows"][..]), ("internlm2-bias-dynntk", &["text grows"])] {
+    for (name, notes) in [
+        ("qwen-7b", &["logn", "text grows"][..]),
+        ("internlm2-bias-dynntk", &["text grows", "llama.cpp does not read"]),
+        ("baichuan-13b", &["40"]),
+        ("cohere", &["64 layers"]),
+        ("deepseek_v2", &["26 or 27"]),
+        ("qwen3_moe", &["experts"]),
+        ("ernie4_5", &["no biases"]),
+    ] {
         let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
         let conversion = to_gguf(&Checkpoint::open(&dir).unwrap()).unwrap();
         assert!(notes.iter().all(|n| conversion.notes.iter().any(|note| note.contains(n))), "{:?}", conversion.notes);

@@ -28,12 +28,8 @@ impl Loaded {
             None => Tokenizer::from_dir(path)?,
         };
         let engine = Engine::from_checkpoint(checkpoint, options)?;
-        if tokenizer.vocab_size() > engine.vocab_size() {
-            tracing::info!(
-                "the tokenizer has {} tokens, the model {}: those beyond cannot be used",
-                tokenizer.vocab_size(),
-                engine.vocab_size()
-            );
+        if let Err(what) = tokenizer.check_rows(engine.vocab_size()) {
+            bail!("{}: {what}", path.display());
         }
         Ok(Loaded { engine, tokenizer: Arc::new(tokenizer), sampling })
     }

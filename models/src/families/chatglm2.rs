@@ -2,7 +2,7 @@
 
 use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role, chatglm};
 use crate::Result;
-use crate::spec::{Biases, ModelSpec};
+use crate::spec::{Biases, ModelSpec, RopeScaling};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
 pub(super) static FAMILY: Family = Family {
@@ -63,9 +63,25 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let all = config.bool_or("add_bias_linear", false)?;
     let qkv = all || config.bool_or("add_qkv_bias", false)?;
     spec.bias = Biases { qkv, output: all, up: all, down: all, head: false };
-    spec.ropes[0].theta *= config.f32_opt("rope_ratio")?.unwrap_or(1.0);
+    let factor = config.f32_opt("rope_ratio")?.unwrap_or(1.0);
+    match interpolates(config) {
+        true if factor != 1.0 => spec.ropes[0].scaling = RopeScaling::Linear { factor },
+        _ => spec.ropes[0].theta *= factor,
+    }
     spec.prefix = chatglm::prefix(config)?;
     Ok(spec)
+}
+
+/// Whether `rope_ratio` divides positions, as in ChatGLM2's long version, instead of multiplying the base, as in all later
+/// models. Configurations do not say; the code, where it was downloaded too, does (it is read, not run), or else the name.
+fn interpolates(config: &Config<'_>) -> bool {
+    match std::fs::read_to_string(config.folder().join("modeling_chatglm.py")) {
+        Ok(code) => code.contains("/ self.rope_ratio") && !code.contains("* self.rope_ratio"),
+        Err(_) => {
+            let name = config.folder().file_name().map(|name| name.to_string_lossy().to_lowercase());
+            name.is_some_and(|name| name.contains("chatglm2"))
+        }
+    }
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {

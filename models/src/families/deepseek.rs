@@ -124,12 +124,13 @@ fn v3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    if keys.usize_opt("attention.key_length_mla")?.is_some() {
-        return Err(
-            keys.error("files with the latent vectors' matrices in two parts (attn_k_b, attn_v_b) are not supported")
-        );
-    }
     let mut spec = keys.decoder("deepseek", RopeLayout::Interleaved)?;
+    // Files with the latent vectors' matrices in two parts give the lengths of what attention can be done on without them.
+    if let Some(length) = keys.usize_opt("attention.key_length_mla")? {
+        spec.head_dim = length;
+        spec.value_dim = keys.usize("attention.value_length_mla")?;
+        spec.attention_scale = (length as f32).powf(-0.5);
+    }
     // All heads have keys of their own, though files may say one.
     spec.kv_heads = spec.heads;
     let rotated = spec.ropes[0].dim;

@@ -7,7 +7,7 @@
 use super::config::yarn_attention;
 use super::{Gguf, Keys};
 use crate::checkpoint::{Array, Checkpoint, Metadata, TensorInfo, Value};
-use crate::spec::{Branches, LayerSpec, ModelSpec, NormKind, Rope, RopeScaling, Routing};
+use crate::spec::{Biases, Branches, LayerSpec, ModelSpec, NormKind, QkNorm, Rope, RopeScaling, Routing};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -178,9 +178,31 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
             "llama.cpp knows no attention window for this architecture: texts longer than {window} tokens it reads otherwise"
         ));
     }
+    notes.extend(unread(spec, form.architecture).map(|why| format!("llama.cpp does not read this file: it {why}")));
     match difference(&meant, &read) {
         Some(what) => Err(impossible(what)),
         None => Ok(Description { metadata, spec: read, notes }),
+    }
+}
+
+/// Why llama.cpp does not read a file of the architecture, though it says all there is to say.
+fn unread(spec: &ModelSpec, architecture: &str) -> Option<&'static str> {
+    let layers = spec.layers.len();
+    match architecture {
+        "baichuan" if layers != if spec.alibi.is_some() { 40 } else { 32 } => {
+            Some("knows Baichuan's models by their depth, 32 layers (7B) or 40 (13B)")
+        }
+        "command-r" if spec.qk_norm != QkNorm::None && layers < 64 => {
+            Some("looks for norms of queries and keys in models of 64 layers or more")
+        }
+        "deepseek2" if spec.latent.as_ref().is_some_and(|l| l.query.is_none()) && !matches!(layers, 26 | 27) => {
+            Some("takes queries to have a latent vector unless there are 26 or 27 layers")
+        }
+        "qwen2moe" | "qwen3moe" if spec.layers.iter().any(|l| l.experts.is_none()) => {
+            Some("takes all layers to have experts")
+        }
+        "ernie4_5" | "internlm2" if spec.bias != Biases::default() => Some("knows no biases in this architecture"),
+        _ => None,
     }
 }
 

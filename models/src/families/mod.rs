@@ -83,6 +83,9 @@ pub enum Role {
     KvLatentNorm,
     /// From the latent vector to keys and values.
     KvUp,
+    /// The same in two parts (GGUF only): `[heads, latent, width]` for keys, `[heads, width, latent]` for values.
+    KeyUp,
+    ValueUp,
     Router,
     SharedGate,
     SharedUp,
@@ -412,6 +415,8 @@ pub const GGUF_NAMES: Names = &[
     (Role::KvLatent, "blk.{}.attn_kv_a_mqa"),
     (Role::KvLatentNorm, "blk.{}.attn_kv_a_norm"),
     (Role::KvUp, "blk.{}.attn_kv_b"),
+    (Role::KeyUp, "blk.{}.attn_k_b"),
+    (Role::ValueUp, "blk.{}.attn_v_b"),
     (Role::Router, "blk.{}.ffn_gate_inp"),
     (Role::SharedGate, "blk.{}.ffn_gate_shexp"),
     (Role::SharedUp, "blk.{}.ffn_up_shexp"),

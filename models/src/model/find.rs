@@ -175,8 +175,26 @@ impl<'a> Finder<'a> {
         });
         let norm = self.norm(Role::KvLatentNorm, i, &latent.norm, &[latent.kv]);
         let rows = spec.heads * (spec.head_dim - latent.rotated + spec.value_dim);
-        let up = self.linear(Role::KvUp, i, spec, rows, latent.kv, false);
+        let there = |role| self.checkpoint.find(&format!("{}.weight", self.name(role, i))).is_some();
+        let up = match there(Role::KeyUp) && !there(Role::KvUp) {
+            true => self.joined(i, spec, latent),
+            false => self.linear(Role::KvUp, i, spec, rows, latent.kv, false),
+        };
         Some(LatentWeights { query: all_or_none(query)?, norm: norm?, up: up? })
+    }
+
+    /// The matrix from the latent vector to keys and values of files that have it in two parts, the keys' transposed.
+    fn joined(&mut self, i: usize, spec: &ModelSpec, latent: &Latent) -> Option<Linear> {
+        let (heads, plain, wide, kv) = (spec.heads, spec.head_dim - latent.rotated, spec.value_dim, latent.kv);
+        let name = |this: &Self, role| format!("{}.weight", this.name(role, i));
+        let keys = self.find(&name(self, Role::KeyUp), &[heads, kv, plain]);
+        let values = self.find(&name(self, Role::ValueUp), &[heads, wide, kv]);
+        let ((id, keys, key_data), (_, values, value_data)) = (keys?, values?);
+        let keys = Weight::new(keys.format, heads * kv, plain, key_data)?;
+        let values = Weight::new(values.format, heads * wide, kv, value_data)?;
+        let weight = Weight::of_heads(heads, &keys, &values)?;
+        let (adapters, replacement) = (Vec::new(), None);
+        Some(Linear { id, role: Role::KvUp, layer: i, weight, bias: None, adapters, replacement })
     }
 
     fn mlp(&mut self, i: usize, spec: &ModelSpec, mlp: &Mlp, roles: [Role; 3]) -> Option<MlpWeights> {

@@ -130,16 +130,36 @@ impl Weight {
             self.decode_row(r, &mut row);
             let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
             for x in &row {
-                let x = (f64::from(*x) / length) as f32;
-                match self.format {
-                    Format::F32 => data.extend_from_slice(&x.to_le_bytes()),
-                    Format::F16 => data.extend_from_slice(&half::f16::from_f32(x).to_le_bytes()),
-                    Format::BF16 => data.extend_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
-                    _ => return None,
-                }
+                encode(self.format, (f64::from(*x) / length) as f32, &mut data)?;
             }
         }
         Weight::new(self.format, self.rows, self.cols, Bytes::new(data))
+    }
+
+    /// For each of `heads` the columns of `keys` as rows, then the rows of `values`: `[heads * inputs, width]` and
+    /// `[heads * outputs, inputs]` in one. It is stored in 16 bits where both parts are: blocks of codes cannot be
+    /// transposed, and those hold what they say well enough.
+    pub(super) fn of_heads(heads: usize, keys: &Weight, values: &Weight) -> Option<Weight> {
+        let format = match (keys.format, values.format) {
+            (Format::F32, _) | (_, Format::F32) => Format::F32,
+            (Format::BF16, _) | (_, Format::BF16) => Format::BF16,
+            _ => Format::F16,
+        };
+        let (inputs, width, outputs) = (values.cols, keys.cols, values.rows.checked_div(heads)?);
+        let (mut head, mut row, mut data) = (vec![0.0; inputs * width], vec![0.0; inputs], Vec::new());
+        for h in 0..heads {
+            for (c, out) in head.chunks_exact_mut(width).enumerate() {
+                keys.decode_row(h * inputs + c, out);
+            }
+            for output in 0..width {
+                (0..inputs).try_for_each(|c| encode(format, head[c * width + output], &mut data))?;
+            }
+            for output in 0..outputs {
+                values.decode_row(h * outputs + output, &mut row);
+                row.iter().try_for_each(|&x| encode(format, x, &mut data))?;
+            }
+        }
+        Weight::new(format, heads * (width + outputs), inputs, Bytes::new(data))
     }
 
     /// A copy with the rows `order`.
@@ -147,4 +167,15 @@ impl Weight {
         let data: Vec<u8> = order.iter().flat_map(|&r| self.row(r).iter().copied()).collect();
         Weight { rows: order.len(), data: Bytes::new(data), order: self.order.clone(), ..*self }
     }
+}
+
+/// Appends `x` as `format` stores it; `None` for formats that are not floating point.
+fn encode(format: Format, x: f32, data: &mut Vec<u8>) -> Option<()> {
+    match format {
+        Format::F32 => data.extend_from_slice(&x.to_le_bytes()),
+        Format::F16 => data.extend_from_slice(&half::f16::from_f32(x).to_le_bytes()),
+        Format::BF16 => data.extend_from_slice(&half::bf16::from_f32(x).to_le_bytes()),
+        _ => return None,
+    }
+    Some(())
 }

@@ -149,6 +149,12 @@ fn kinds_marks_and_rows() {
     assert_eq!(kinds, [1, 1, 3, 3, 4, 5, 5]);
     let tokens: Vec<&str> = exported.metadata.array("tokenizer.ggml.tokens").unwrap().strings().skip(260).collect();
     assert_eq!(tokens, ["<end>", "<|stop|>", "<tool>", "[PAD263]", "[PAD264]"]);
+    // Fewer rows than tokens: no text may need what has none; marks may lie beyond.
+    let own = Tokenizer::from_dir(dir.path()).unwrap();
+    assert!(own.check_rows(263).is_ok() && own.check_rows(1 << 20).is_ok());
+    let what = own.check_rows(262).unwrap_err();
+    assert!(what.contains("263 tokens but the model 262") && what.contains("token 262 (\"<tool>\")"), "{what}");
+    assert!(own.check_rows(259).unwrap_err().contains("token 259"));
     // Fewer rows than tokens: what has no embedding goes, and the merges that would make it.
     let short = export(dir.path(), 258).unwrap();
     assert!(short.notes.iter().any(|n| n.contains("last 5 of the tokenizer's 263 tokens")), "{:?}", short.notes);

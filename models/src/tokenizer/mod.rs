@@ -321,6 +321,25 @@ impl Tokenizer {
         self.vocabulary.len()
     }
 
+    /// Whether a model whose embedding has `rows` rows can take what becomes of any text. Marks may have ids beyond them, such
+    /// as an image's where a model reads text alone: no text becomes one.
+    ///
+    /// # Errors
+    /// What is wrong, when a piece of text has no row.
+    pub fn check_rows(&self, rows: usize) -> Result<(), String> {
+        let beyond = rows.min(self.vocab_size()) as u32..self.vocab_size() as u32;
+        let ordinary = |id: &u32| !self.is_special(*id) && self.piece(*id).is_some_and(|piece| !piece.is_empty());
+        match beyond.clone().find(ordinary) {
+            None => Ok(()),
+            Some(id) => Err(format!(
+                "the tokenizer has {} tokens but the model {rows}, so that token {id} ({:?}) has no embedding: they do not \
+                 belong together",
+                self.vocab_size(),
+                self.piece(id).unwrap_or_default(),
+            )),
+        }
+    }
+
     /// Whether `id` is a mark for the model rather than a piece of text.
     pub fn is_special(&self, id: u32) -> bool {
         matches!(self.vocabulary.kind(id), Kind::Control | Kind::Unknown)

@@ -108,6 +108,11 @@ impl Request {
             Some(metadata) => Tokenizer::from_gguf(metadata, &self.model),
             None => Tokenizer::from_dir(&self.model),
         };
+        if let Ok(tokenizer) = &tokenizer
+            && let Err(what) = tokenizer.check_rows(model.spec.vocab_size)
+        {
+            bail!("{}: {what}", self.model.display());
+        }
         let (tokenizer, without) = match tokenizer {
             Ok(tokenizer) => (Some(Arc::new(tokenizer)), None),
             Err(e) => (None, Some(e)),
