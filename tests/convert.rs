@@ -116,9 +116,6 @@ fn latent_matrices_in_two_parts() {
         convert(&dir, &file);
         split_latent(&file, &parts);
         check(&mut Engine::open(&parts, &options(&[])).unwrap(), &dir.join("golden.json"), Steps::All);
-        if let Some(keep) = std::env::var_os("RUSHLIGHT_KEEP") {
-            std::fs::copy(&parts, Path::new(&keep).join(format!("{name}-parts.gguf"))).unwrap();
-        }
     }
 }
 
