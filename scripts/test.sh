@@ -87,7 +87,7 @@ plainer_instruction_sets() {
 }
 for isa in $(plainer_instruction_sets); do
     part "families on $isa"
-    RUSHLIGHT_ISA=$isa run_tests --workspace --test families --test prequantized
+    RUSHLIGHT_ISA=$isa run_tests --workspace --test families --test convert --test families_table --test prequantized
     passed
 done
 
