@@ -101,7 +101,7 @@ def llama(draw):
 
 
 def mistral(draw):
-    fields = stretch(draw, shape(draw, draw.random() < 0.5))
+    fields = stretch(draw, shape(draw, True))
     return fields | {"sliding_window": draw.choice([None, 5, 9])}
 
 
