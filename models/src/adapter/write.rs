@@ -247,7 +247,8 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
     let mut groups: BTreeMap<(usize, String), (Role, Parts<'_>)> = BTreeMap::new();
     for pair in pairs {
         let (role, layer) = (pair.role, pair.layer);
-        let (whole, name) = model.module(naming, role, layer)
+        let (whole, name) = model
+            .module(naming, role, layer)
             .ok_or_else(|| wrong(format!("{role:?} of layer {layer} has no name to be written under")))?;
         let parts = packing::parts(whole, family.packing(naming, whole), &model.spec, layer);
         let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
