@@ -387,6 +387,26 @@ fn every_method_writes_what_it_learned() {
     }
 }
 
+/// NF4 made in memory is what `quantize --type nf4` writes, and trains alike.
+#[test]
+fn a_base_in_nf4() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("llama"), write_tokens(&dir.path().join("t.jsonl"), 8));
+    let written = text(dir.path().join("nf4"));
+    ok(&["quantize", &model, "-o", &written, "--type", "nf4"]);
+    let losses = |model: &str, name: &str, extra: &[&str]| {
+        let out = dir.path().join(name);
+        let args = ["train", model, "--data", &data, "-o", out.to_str().unwrap(), "--template", "none", "--lr", "0.01"];
+        ok(&[&args[..], &["--batch-size", "4", "--max-steps", "3"], extra].concat());
+        metrics(&out).iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (there, here) = (losses(&written, "there", &[]), losses(&model, "here", &["--base", "nf4"]));
+    assert_eq!(there, here);
+    assert_ne!(losses(&model, "floats", &[]), here);
+    let (message, code) = error(&["train", &model, "--data", &data, "--plan", "--base", "nf4", "--method", "full"]);
+    assert!(message.contains("--base nf4 belongs to --method lora") && code == 2, "{message}");
+}
+
 #[test]
 fn stories_are_learned() {
     let Some(model) = shared("models/stories260K-hf") else { return };

@@ -7,6 +7,7 @@ use rushlight_models::checkpoint::export::{
     GptqGrid, GptqLayer, GptqVersion, GptqWriter, Nf4Options, Original, write_nf4,
 };
 use rushlight_models::checkpoint::{Checkpoint, Kind, safetensors};
+use rushlight_models::model::Weight;
 use rushlight_quant::formats::{Format, f16_to_f32};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -239,7 +240,10 @@ fn bitsandbytes_own_codes() {
             let (mut got, mut want) = (vec![0.0; tensor.info.elements().unwrap()], vec![0.0; 1]);
             tensor.info.format.decode(&tensor.data, &mut got);
             want.resize(got.len(), 0.0);
-            Format::F32.decode(&source.tensor(&format!("{layer}.weight")).unwrap().data, &mut want);
+            let floats = source.tensor(&format!("{layer}.weight")).unwrap();
+            Format::F32.decode(&floats.data, &mut want);
+            let weight = Weight::new(Format::F32, floats.info.shape[0], floats.info.shape[1], floats.data).unwrap();
+            assert!(!double || weight.in_nf4().unwrap().data()[..] == tensor.data[..], "{layer} in memory");
             for (got, want) in got.iter().zip(&want) {
                 let room = if double { 0.02 * want.abs() } else { 0.0 };
                 assert!((got - want).abs() <= room, "{layer}: {got} is not {want}");

@@ -1,6 +1,7 @@
 //! A matrix as a checkpoint has it.
 
 use crate::checkpoint::Bytes;
+use crate::checkpoint::export::nf4_blocks;
 use rushlight_quant::Matrix;
 use rushlight_quant::formats::Format;
 use std::ops::Range;
@@ -160,6 +161,17 @@ impl Weight {
             }
         }
         Weight::new(format, heads * (width + outputs), inputs, Bytes::new(data))
+    }
+
+    /// A copy in NF4 with doubly quantized magnitudes (Dettmers et al. 2023), as bitsandbytes would store it; columns in
+    /// their own order. Rows that are no multiple of 32 are in floats again. `None` where a weight is not finite.
+    pub fn in_nf4(&self) -> Option<Weight> {
+        let decode = |first: usize, weights: &mut [f32]| {
+            let rows = weights.chunks_exact_mut(self.cols).enumerate();
+            rows.for_each(|(r, weights)| self.decode_row(first + r, weights));
+        };
+        let (format, data) = nf4_blocks(self.rows, self.cols, &decode)?;
+        Some(Weight::new(format, self.rows, self.cols, Bytes::new(data))?.with_fine_activations(true))
     }
 
     /// A copy with the rows `order`.

@@ -4,6 +4,7 @@ use crate::cli::Usage;
 use crate::quantize::memory::{parse_size, total};
 use crate::store::Store;
 use crate::train::data::{Source, TooLong};
+use crate::train::run::base::Base;
 use crate::train::run::optimizer::Rule;
 use crate::train::run::prepare::Request;
 use crate::train::run::schedule::Shape;
@@ -114,6 +115,9 @@ pub(super) struct MethodOptions {
     /// Train modules whose name ends like this (a regular expression) as a whole: lm_head, embed_tokens; may be repeated
     #[arg(long, value_name = "PATTERN")]
     train_full: Vec<String>,
+    /// How the frozen weights are held: as their file has them, or nf4: floats are put into 4 bits in memory (QLoRA)
+    #[arg(long, value_enum, default_value = "as-is")]
+    base: Base,
     /// Begin with this adapter
     #[arg(long, value_name = "DIR")]
     init_adapter: Option<PathBuf>,
@@ -238,6 +242,7 @@ impl Args {
             (!o.train_full.is_empty(), "--train-full"),
             (o.init_adapter.is_some(), "--init-adapter"),
             (o.gguf, "--gguf"),
+            (o.base == Base::Nf4, "--base nf4"),
         ];
         if let Some((_, name)) = lora.iter().find(|(given, _)| *given && o.method != Kind::Lora) {
             return Err(Usage(format!("{name} belongs to --method lora")).into());
@@ -273,6 +278,7 @@ impl Args {
             template: data.template.clone(),
             max_seq_len: data.max_seq_len,
             method: self.method()?,
+            base: self.method.base,
             epochs: steps.epochs,
             max_steps: steps.max_steps,
             batch: steps.batch_size.0,

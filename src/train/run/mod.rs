@@ -10,6 +10,7 @@
 //! DIR/adapter/ or DIR/model/  what was learned
 //! ```
 
+pub mod base;
 pub mod checkpoint;
 pub mod classify;
 pub mod events;

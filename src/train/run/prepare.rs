@@ -1,6 +1,7 @@
 //! From what a person asks for to a run that can begin: everything that can be wrong is found here, before any work.
 
 use super::Settings;
+use super::base::Base;
 use super::classify::Classification;
 use super::folder::{Arguments, Folder, base_hash, short};
 use super::optimizer::Rule;
@@ -40,6 +41,7 @@ pub struct Request {
     pub template: Option<String>,
     pub max_seq_len: Option<usize>,
     pub method: Method,
+    pub base: Base,
     pub epochs: Option<f64>,
     pub max_steps: Option<u64>,
     pub batch: Option<usize>,
@@ -97,7 +99,7 @@ impl Request {
     pub fn prepare(&self) -> Result<Prepared> {
         self.check()?;
         let checkpoint = Checkpoint::open(&self.model)?;
-        let model = Model::load(&checkpoint)?;
+        let mut model = Model::load(&checkpoint)?;
         let context = model.spec.context_length;
         let max_seq_len = self.max_seq_len.unwrap_or(LONGEST.min(context));
         ensure!(
@@ -191,7 +193,7 @@ impl Request {
             longest,
             step: largest(&data, batch),
             rows: None,
-            weights: checkpoint.bytes(),
+            weights: self.base.apply(&mut model, checkpoint.bytes())?,
         };
         let arguments = self.arguments(&checkpoint, &data, validation.as_ref(), &settings)?;
         let method = self.method.clone();
@@ -266,6 +268,9 @@ impl Request {
         let mut put = |name: &str, value: String| drop(arguments.insert(name.into(), value));
         put("program", env!("CARGO_PKG_VERSION").into());
         put("base model", base_hash(checkpoint)?);
+        if self.base == Base::Nf4 {
+            put("base format", "nf4".into());
+        }
         put("data", data_hash(data));
         put("validation data", validation.map_or("none".into(), data_hash));
         match &self.method {

@@ -25,4 +25,4 @@ pub use learner::Learner;
 pub use memory::{MemoryEstimate, memory};
 pub use method::{Checkpointing, LoraConfig, Method};
 pub use sites::Sites;
-pub use targets::{Module, module};
+pub use targets::{Module, module, ordinary};

@@ -22,7 +22,7 @@ pub fn module(model: &Model, linear: &Linear) -> Option<Module> {
 }
 
 /// Whether `all-linear` means this layer.
-fn ordinary(role: Role) -> bool {
+pub fn ordinary(role: Role) -> bool {
     !matches!(role, Role::Head | Role::Router | Role::SharedRouter)
 }
 

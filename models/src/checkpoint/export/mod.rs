@@ -10,6 +10,7 @@ mod trained;
 
 pub use floats::FloatWriter;
 pub use gptq::{GptqGrid, GptqLayer, GptqVersion, GptqWriter};
+pub(crate) use nf4::blocks as nf4_blocks;
 pub use nf4::{Nf4Options, write_nf4};
 pub use original::Original;
 pub use trained::write_trained;

@@ -7,7 +7,7 @@ use crate::checkpoint::prequantized::in_parallel;
 use crate::checkpoint::safetensors::{Entry, Writer};
 use crate::{Error, Result};
 use rushlight_quant::formats::nf4::{self, BLOCK, NESTED_BLOCK};
-use rushlight_quant::formats::{Format, NF4, TableFormat};
+use rushlight_quant::formats::{Format, NF4, TableFormat, table};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
@@ -87,24 +87,55 @@ fn encode(tensor: &Tensor, rows: usize, cols: usize) -> Result<(Vec<u8>, Vec<f32
     let (name, format) = (&tensor.info.name, tensor.info.format);
     let row_bytes = format.row_bytes(cols).filter(|_| format.is_float());
     let row_bytes = row_bytes.ok_or_else(|| format!("tensor '{name}' is {format} already, not floats"))?;
+    let decode = |first: usize, weights: &mut [f32]| {
+        format.decode(&tensor.data[first * row_bytes..][..weights.len() / cols * row_bytes], weights);
+    };
+    encode_rows(rows, cols, &decode).ok_or_else(|| {
+        format!(
+            "tensor '{name}' holds weights that are not numbers (NaN or infinite): the file is damaged; download it again"
+        )
+    })
+}
+
+/// The same of any matrix: `decode(first, weights)` gives the rows from `first` on that fill `weights`. `None` where a weight
+/// is not finite.
+fn encode_rows(rows: usize, cols: usize, decode: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Option<(Vec<u8>, Vec<f32>)> {
     let total = rows * cols;
     let (mut codes, mut absmax) = (vec![0; total.div_ceil(2)], vec![0.0; total.div_ceil(BLOCK)]);
     let finite = std::sync::atomic::AtomicBool::new(true);
     let parts = codes.chunks_mut(ROWS * cols / 2).zip(absmax.chunks_mut(ROWS * cols / BLOCK));
-    in_parallel(parts.zip(tensor.data.chunks(ROWS * row_bytes)), total >> 16, &|((codes, absmax), data)| {
-        let mut weights = vec![0.0; data.len() / format.block_bytes()];
-        format.decode(data, &mut weights);
+    in_parallel(parts.enumerate(), total >> 16, &|(i, (codes, absmax))| {
+        let first = i * ROWS;
+        let mut weights = vec![0.0; ROWS.min(rows - first) * cols];
+        decode(first, &mut weights);
         if weights.iter().any(|w| !w.is_finite()) {
             finite.store(false, std::sync::atomic::Ordering::Relaxed);
         }
         nf4::encode(&weights, BLOCK, codes, absmax);
     });
-    match finite.into_inner() {
-        true => Ok((codes, absmax)),
-        false => Err(format!(
-            "tensor '{name}' holds weights that are not numbers (NaN or infinite): the file is damaged; download it again"
-        )),
+    finite.into_inner().then_some((codes, absmax))
+}
+
+/// A matrix put into NF4, its magnitudes quantized doubly, as it lies in memory: what reading the layer that [`write_nf4`]
+/// writes gives, floats where `cols` is no multiple of 32. See [`encode_rows`] for the rest.
+pub(crate) fn blocks(
+    rows: usize,
+    cols: usize,
+    decode: &(dyn Fn(usize, &mut [f32]) + Sync),
+) -> Option<(Format, Vec<u8>)> {
+    let (codes, absmax) = encode_rows(rows, cols, decode)?;
+    let (nf4::Nested { codes: magnitudes, absmax, offset }, map) = (nf4::nest(&absmax), nf4::dynamic_map());
+    let scale = |b: usize| map[usize::from(magnitudes[b])] * absmax[b / NESTED_BLOCK] + offset;
+    let code = |i: usize| codes[i / 2] >> (4 * (1 - i % 2)) & 15;
+    if !cols.is_multiple_of(32) {
+        let weight = |i: usize| NF4::TABLE[usize::from(code(i))] * scale(i / BLOCK);
+        return Some((Format::F32, (0..rows * cols).flat_map(|i| weight(i).to_le_bytes()).collect()));
     }
+    let mut packed = vec![0; rows * cols / 32 * table::BYTES];
+    for (b, block) in packed.as_chunks_mut::<{ table::BYTES }>().0.iter_mut().enumerate() {
+        table::put(&std::array::from_fn(|i| code(32 * b + i)), scale(b * 32 / BLOCK), block);
+    }
+    Some((Format::NF4, packed))
 }
 
 /// What a layer consists of.
