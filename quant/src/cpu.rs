@@ -35,6 +35,11 @@ impl Cpu {
         self
     }
 
+    /// What [`Cpu::with_half_attention`] was told.
+    pub fn half_attention(&self) -> bool {
+        self.half_attention
+    }
+
     /// Threads in the team, the caller included.
     pub fn threads(&self) -> usize {
         self.team.threads()

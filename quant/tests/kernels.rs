@@ -470,6 +470,27 @@ fn small_operations() {
     }
 }
 
+/// What waits in bf16 comes back as bf16, whatever the length.
+#[test]
+fn halves() {
+    let mut random = Random(31);
+    let mut x: Vec<f32> = (0..40_000).map(|i| random.normal() * 10f32.powi(i % 60 - 30)).collect();
+    x[..8].copy_from_slice(&[0.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1.00390625, 1.01171875]);
+    x[9] = f32::from_bits(0x7f80_0001);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        let cpu = Cpu::new(2, isa);
+        for len in [1, 31, 32, 33, 1000, 32_768, 32_769, x.len()] {
+            let (mut half, mut back) = (vec![0.0; Cpu::half_len(len)], vec![0.0; len]);
+            cpu.halve(&x[..len], &mut half);
+            cpu.unhalve(&half, &mut back);
+            for (got, x) in back.iter().zip(&x) {
+                let want = half::bf16::from_f32(*x).to_f32();
+                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{isa:?} {len}: {x} {got}");
+            }
+        }
+    }
+}
+
 /// The error function by the series whose terms all have one sign, in f64.
 fn erf(x: f64) -> f64 {
     if x.abs() > 6.0 {

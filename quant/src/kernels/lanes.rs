@@ -57,6 +57,11 @@ pub struct Lanes {
     pub across: Across,
     /// `dy *= act'(x)`
     pub activate_backward: fn(Activation, &[f32], &mut [f32]),
+    /// twice [`HALF`] numbers after twice as many (the last may be fewer), rounded to bf16, become `HALF` in whose bits two
+    /// lie each
+    pub halve: fn(&[f32], &mut [f32]),
+    /// the numbers again
+    pub unhalve: fn(&[f32], &mut [f32]),
     /// the inputs of [`Lanes::gate`] become their gradients, given that of its output
     pub gate_backward: fn(Activation, &mut [f32], &mut [f32], &[f32]),
     /// `dy *= 1 - (y / cap)^2`
@@ -381,6 +386,49 @@ macro_rules! compiled {
 #[cfg(target_arch = "x86_64")]
 pub(crate) use compiled;
 
+/// Numbers that [`halve`] makes at a time. Fewer, and the compiler takes one of each of several blocks together.
+pub const HALF: usize = 256;
+
+#[inline(always)]
+pub fn halve(x: &[f32], out: &mut [f32]) {
+    // The upper half of the sum is the number to nearest even; what is no number stays none.
+    fn rounded(x: f32) -> u32 {
+        let bits = x.to_bits();
+        if x.is_nan() { bits | 1 << 22 } else { bits.wrapping_add(0x7fff + (bits >> 16 & 1)) }
+    }
+    let (whole, rest) = x.as_chunks::<{ 2 * HALF }>();
+    let (blocks, last) = out.as_chunks_mut::<HALF>().0.split_at_mut(whole.len());
+    let block = |x: &[f32; 2 * HALF], out: &mut [f32; HALF]| {
+        for i in 0..HALF {
+            out[i] = f32::from_bits(rounded(x[i]) & 0xffff_0000 | rounded(x[HALF + i]) >> 16);
+        }
+    };
+    whole.iter().zip(blocks).for_each(|(x, out)| block(x, out));
+    if let [out] = last {
+        let mut padded = [0.0; 2 * HALF];
+        padded[..rest.len()].copy_from_slice(rest);
+        block(&padded, out);
+    }
+}
+
+#[inline(always)]
+pub fn unhalve(x: &[f32], out: &mut [f32]) {
+    let numbers = |x: &[f32; HALF], out: &mut [f32; 2 * HALF]| {
+        for i in 0..HALF {
+            out[i] = f32::from_bits(x[i].to_bits() & 0xffff_0000);
+            out[HALF + i] = f32::from_bits(x[i].to_bits() << 16);
+        }
+    };
+    let blocks = x.as_chunks::<HALF>().0;
+    let (whole, rest) = out.as_chunks_mut::<{ 2 * HALF }>();
+    blocks.iter().zip(whole.iter_mut()).for_each(|(x, out)| numbers(x, out));
+    if let Some(x) = blocks.get(whole.len()) {
+        let mut padded = [0.0; 2 * HALF];
+        numbers(x, &mut padded);
+        rest.copy_from_slice(&padded[..rest.len()]);
+    }
+}
+
 /// All of the functions above, compiled with the target features `$features`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! compiled_lanes {
@@ -405,6 +453,8 @@ macro_rules! compiled_lanes {
             mix: compiled!($features, lanes::mix, (p: &[f32], values: &[f32], out: &mut [f32])),
             widen: compiled!($features, lanes::widen, (codes: &[i8], scales: &[f32], out: &mut [f32])),
             across: compiled!($features, lanes::across, (rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32])),
+            halve: compiled!($features, lanes::halve, (x: &[f32], out: &mut [f32])),
+            unhalve: compiled!($features, lanes::unhalve, (x: &[f32], out: &mut [f32])),
             activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
             gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
             soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
@@ -436,6 +486,8 @@ pub const PLAIN: Lanes = Lanes {
     mix,
     widen,
     across,
+    halve,
+    unhalve,
     activate_backward,
     gate_backward,
     soft_cap_backward,

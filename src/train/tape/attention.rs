@@ -1,7 +1,7 @@
 //! Attention over whole sequences, each behind the model's prefix where it has one.
 
 use super::pool::Buffer;
-use super::record::{Step, Tape, Value};
+use super::record::{Kept, Step, Tape, Value};
 use crate::engine::angles::logn;
 use rushlight_models::Result;
 use rushlight_models::backend::AttentionSpec;
@@ -68,14 +68,22 @@ pub(super) fn attention(tape: &mut Tape<'_>, spec: &AttentionSpec<'_>, q: Value,
             Rc::new(with_prefix(tape, &sequences, &v.data, len, values)),
         ),
     };
+    let sinks = tape.model.layers[plan.layer].sinks.as_ref().is_some_and(|s| tape.sites.vector(s).is_some());
+    let learns = slots.iter().any(Option::is_some) || sinks || tape.sites.prefix.is_some();
+    // The way back computes the scores once more and must find the same: both begin with what is kept.
+    let qkv = [Rc::new(q), k, v].map(|x| tape.keep(x));
+    let [q, k, v] = qkv.clone().map(|x| x.matrix(tape.cpu, tape.pool));
     let mut out = tape.pool.take(q.rows(), plan.heads * plan.value_dim);
     let mut lse = tape.pool.take(q.rows(), plan.heads);
     tape.cpu.attention_train(&plan.spec(tape), &sequences, &q, &k, &v, &mut out, &mut lse);
-    let sinks = tape.model.layers[plan.layer].sinks.as_ref().is_some_and(|s| tape.sites.vector(s).is_some());
-    let y = tape.value(out, slots.iter().any(Option::is_some) || sinks || tape.sites.prefix.is_some());
+    let mut y = tape.value(out, learns);
     if let Some(slot) = y.slot {
-        let out = y.data.clone();
-        tape.push(AttentionStep { plan, slots, q, k, v, out, lse, sequences, slot });
+        let out = tape.keep(y.data.clone());
+        if let Kept::Half(..) = out {
+            let again = out.clone();
+            y.recipe = Some(Rc::new(move |cpu, pool| again.clone().into_buffer(cpu, pool)));
+        }
+        tape.push(AttentionStep { plan, slots, qkv, out, lse, sequences, slot });
     }
     Ok(y)
 }
@@ -131,12 +139,9 @@ struct AttentionStep {
     plan: Plan,
     /// Of queries, keys and values.
     slots: [Option<usize>; 3],
-    /// Queries as they were used.
-    q: Buffer,
-    /// Keys and values, with the prefix.
-    k: Rc<Buffer>,
-    v: Rc<Buffer>,
-    out: Rc<Buffer>,
+    /// Queries as they were used; keys and values with the prefix.
+    qkv: [Kept; 3],
+    out: Kept,
     lse: Buffer,
     sequences: Vec<AttentionRows>,
     slot: usize,
@@ -144,9 +149,10 @@ struct AttentionStep {
 
 impl Step for AttentionStep {
     fn backward(self: Box<Self>, tape: &mut Tape<'_>) -> Result<()> {
-        let AttentionStep { plan, slots, q, k, v, out, lse, sequences, slot } = *self;
+        let AttentionStep { plan, slots, qkv, out, lse, sequences, slot } = *self;
         let Some(dout) = tape.take(slot) else { return Ok(()) };
         let (cpu, pool) = (tape.cpu, tape.pool);
+        let ([q, k, v], out) = (qkv.map(|x| x.matrix(cpu, pool)), out.matrix(cpu, pool));
         let mut dq = pool.take(q.rows(), q.width());
         let mut dk = pool.take(k.rows(), k.width());
         let mut dv = pool.take(v.rows(), v.width());

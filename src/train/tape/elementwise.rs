@@ -1,7 +1,7 @@
 //! What is done value by value, or row by row: rotations, activations, sums, scales, limits.
 
 use super::pool::Buffer;
-use super::record::{Step, Tape, Value, own};
+use super::record::{Kept, Step, Tape, Value, own};
 use rushlight_models::Result;
 use rushlight_quant::ops::Activation;
 use std::rc::Rc;
@@ -52,22 +52,24 @@ pub(super) fn gate(tape: &mut Tape<'_>, act: Activation, gate: Value, up: Value)
     let mut y = gate.data.copy();
     tape.cpu.gate(act, &mut y, &up.data);
     let mut y = tape.value(y, true);
-    let (from, by) = (gate.data.clone(), up.data.clone());
-    y.recipe = Some(Rc::new(move |cpu, _| {
-        let mut y = from.copy();
-        cpu.gate(act, &mut y, &by);
+    let slots = [gate.slot, up.slot];
+    let (gate, up) = (tape.keep(gate.data), tape.keep(up.data));
+    let (from, by) = (gate.clone(), up.clone());
+    y.recipe = Some(Rc::new(move |cpu, pool| {
+        let mut y = own(from.matrix(cpu, pool));
+        cpu.gate(act, &mut y, &by.matrix(cpu, pool));
         y
     }));
     if let Some(slot) = y.slot {
-        tape.push(Gate { act, gate: gate.data, up: up.data, slots: [gate.slot, up.slot], slot });
+        tape.push(Gate { act, gate, up, slots, slot });
     }
     y
 }
 
 struct Gate {
     act: Activation,
-    gate: Rc<Buffer>,
-    up: Rc<Buffer>,
+    gate: Kept,
+    up: Kept,
     slots: [Option<usize>; 2],
     slot: usize,
 }
@@ -75,10 +77,11 @@ struct Gate {
 impl Step for Gate {
     fn backward(self: Box<Self>, tape: &mut Tape<'_>) -> Result<()> {
         let Some(dy) = tape.take(self.slot) else { return Ok(()) };
-        let (mut gate, mut up) = (own(self.gate), own(self.up));
-        tape.cpu.gate_backward(self.act, &mut gate, &mut up, &dy);
-        tape.give(self.slots[0], Rc::new(gate));
-        tape.give(self.slots[1], Rc::new(up));
+        let Gate { act, gate, up, slots, .. } = *self;
+        let (mut gate, mut up) = (gate.into_buffer(tape.cpu, tape.pool), up.into_buffer(tape.cpu, tape.pool));
+        tape.cpu.gate_backward(act, &mut gate, &mut up, &dy);
+        tape.give(slots[0], Rc::new(gate));
+        tape.give(slots[1], Rc::new(up));
         Ok(())
     }
 }
@@ -93,21 +96,22 @@ pub(super) fn activate(tape: &mut Tape<'_>, act: Activation, x: Value) -> Value 
     let mut y = x.data.copy();
     tape.cpu.activate(act, &mut y);
     let mut y = tape.value(y, true);
-    let before = x.data.clone();
-    y.recipe = Some(Rc::new(move |cpu, _| {
-        let mut y = before.copy();
+    let x = tape.keep(x.data);
+    let before = x.clone();
+    y.recipe = Some(Rc::new(move |cpu, pool| {
+        let mut y = own(before.matrix(cpu, pool));
         cpu.activate(act, &mut y);
         y
     }));
     if let Some(slot) = y.slot {
-        tape.push(Activate { act, x: x.data, from, slot });
+        tape.push(Activate { act, x, from, slot });
     }
     y
 }
 
 struct Activate {
     act: Activation,
-    x: Rc<Buffer>,
+    x: Kept,
     from: usize,
     slot: usize,
 }
@@ -115,7 +119,7 @@ struct Activate {
 impl Step for Activate {
     fn backward(self: Box<Self>, tape: &mut Tape<'_>) -> Result<()> {
         let Some(mut dy) = tape.take_own(self.slot) else { return Ok(()) };
-        tape.cpu.activate_backward(self.act, &self.x, &mut dy);
+        tape.cpu.activate_backward(self.act, &self.x.matrix(tape.cpu, tape.pool), &mut dy);
         tape.give(Some(self.from), Rc::new(dy));
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Loss and gradients of whole micro-batches.
 
 use super::lora::Gain;
+use super::memory::half;
 use super::method::{Checkpointing, Method};
 use super::pool::Pool;
 use super::record::{Tape, Value};
@@ -40,8 +41,7 @@ impl Learner {
     /// When the method does not fit the model, or the adapter to begin with does not fit the method.
     pub fn new(model: Model, cpu: Cpu, method: &Method, seed: u64) -> Result<Learner> {
         let Setup { sites, params, squares } = set_up(&model, method, seed)?;
-        // Weights of blocks are coarser than bf16; trained weights in f32 are not.
-        let cpu = cpu.with_half_attention(!model.is_float() && *method != Method::Full);
+        let cpu = cpu.with_half_attention(half(&model, method));
         let gains = vec![Gain::default(); squares.len()];
         let (pool, checkpointing) = Default::default();
         Ok(Learner { model, cpu, pool, sites, params, checkpointing, gains, squares, stale: true })

@@ -64,7 +64,7 @@ pub(super) fn linears<const N: usize>(tape: &mut Tape<'_>, x: &Value, layers: [&
     }
     if parts.iter().any(|p| p.slot.is_some()) {
         let wanted = sites.iter().any(|s| s.weight.is_some() || s.lora.is_some());
-        let input = wanted.then(|| x.saved());
+        let input = wanted.then(|| tape.saved(x));
         tape.push(Linears { n, cols, x: input, x_slot: x.slot, parts, low });
     }
     values.try_into().map_err(|_| Error::model("a value for each layer"))

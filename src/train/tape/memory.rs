@@ -38,12 +38,13 @@ impl MemoryEstimate {
 pub fn memory(model: &Model, method: &Method, rows: usize, checkpointing: Checkpointing) -> Result<MemoryEstimate> {
     let (spec, params) = (&model.spec, 4 * count(model, method)?);
     let adapted = adapted(model, method)?;
+    let half = half(model, method);
     let layers = spec.layers.len();
     let (mut inputs, mut kept, mut whole) = (0, 0, 0);
     for i in 0..layers {
-        let all = of_layer(spec, &spec.layers[i]) + adapters(model, method, &adapted, i);
+        let all = of_layer(spec, &spec.layers[i], half) + 4 * adapters(model, method, &adapted, i);
         if checkpointing.again(i) {
-            inputs += spec.hidden_size;
+            inputs += 4 * spec.hidden_size;
             whole = whole.max(all);
         } else {
             kept += all;
@@ -52,12 +53,12 @@ pub fn memory(model: &Model, method: &Method, rows: usize, checkpointing: Checkp
     // A layer that is computed again is there as a whole while its way back lasts; by then those behind it have gone.
     let again = whole.saturating_sub(kept);
     let chunk = chunk(spec.vocab_size).min(rows);
-    let bytes = |per_row: usize| 4 * (rows * per_row) as u64;
+    let bytes = |per_row: usize| (rows * per_row) as u64;
     Ok(MemoryEstimate {
         params,
         gradients: params,
-        activations: bytes(inputs + kept + spec.hidden_size),
-        scratch: bytes(again + (0..layers).map(|i| passing(spec, &spec.layers[i])).max().unwrap_or(0)),
+        activations: bytes(inputs + kept + 4 * spec.hidden_size),
+        scratch: bytes(again + 4 * (0..layers).map(|i| passing(spec, &spec.layers[i], half)).max().unwrap_or(0)),
         logits: 4 * (chunk * (spec.vocab_size * if spec.logit_softcap.is_some() { 2 } else { 1 })) as u64
             + 4 * (3 * chunk * spec.hidden_size) as u64,
     })
@@ -133,14 +134,20 @@ fn adapters(model: &Model, method: &Method, adapted: &HashSet<usize>, i: usize) 
         .sum()
 }
 
-/// Values that a layer keeps for each row.
-fn of_layer(spec: &ModelSpec, layer: &LayerSpec) -> usize {
+/// Whether what is kept for the way back is kept in bf16: where the frozen weights are coarser than that. Weights that are
+/// trained in f32 are not.
+pub(super) fn half(model: &Model, method: &Method) -> bool {
+    !model.is_float() && *method != Method::Full
+}
+
+/// Bytes that a layer keeps for each row.
+fn of_layer(spec: &ModelSpec, layer: &LayerSpec, half: bool) -> usize {
     let hidden = spec.hidden_size;
     let (q, k, v) = (spec.query_width(), spec.kv_width(), spec.value_width());
     let normed = if spec.qk_norm == QkNorm::None { 0 } else { q + k };
     let clipped = if spec.clip_qkv.is_some() { q + k + v } else { 0 };
     let latent = spec.latent.as_ref().map_or(0, |l| l.kv + l.query.unwrap_or(0));
-    let attention = q + k + v + normed + clipped + latent + spec.heads * (spec.value_dim + 1);
+    let attention = q + k + v + normed + latent + spec.heads * spec.value_dim;
     let posts = match spec.placement {
         Placement::After | Placement::Both => 2 * hidden,
         _ => 0,
@@ -148,14 +155,20 @@ fn of_layer(spec: &ModelSpec, layer: &LayerSpec) -> usize {
     let stream = if spec.branches == Branches::Sequential { 2 * hidden } else { hidden };
     let mlp = |width: usize, gated: bool| if gated { 2 * width } else { width };
     let dense = layer.mlp.as_ref().map_or(0, |m| mlp(m.width, m.gated));
-    let experts = layer.experts.as_ref().map_or(0, |e| e.used * (2 * hidden + mlp(e.mlp.width, e.mlp.gated)) + e.count);
-    stream + attention + posts + dense + experts
+    let (experts, mixed) = layer
+        .experts
+        .as_ref()
+        .map_or((0, 0), |e| (e.used * (hidden + mlp(e.mlp.width, e.mlp.gated)), e.used * hidden + e.count));
+    let size = if half { 2 } else { 4 };
+    size * (stream + attention + posts + dense + experts) + 4 * (clipped + spec.heads + mixed)
 }
 
 /// Values for each row that a layer's way there or back has in hand at once, beside what is kept.
-fn passing(spec: &ModelSpec, layer: &LayerSpec) -> usize {
+fn passing(spec: &ModelSpec, layer: &LayerSpec, half: bool) -> usize {
     let width = layer.mlp.iter().chain(layer.experts.as_ref().map(|e| &e.mlp)).map(|m| m.width).max().unwrap_or(0);
-    let attention = 2 * spec.query_width() + 2 * (spec.kv_width() + spec.value_width());
+    let (qkv, out) = (spec.query_width() + spec.kv_width() + spec.value_width(), spec.heads * spec.value_dim);
+    // What is kept in bf16 comes back in f32 beside it.
+    let (mlp, attention) = if half { (3 * width, 2 * qkv + 2 * out) } else { (2 * width, 2 * qkv) };
     // Gradients of the stream before and after a branch, and the branch's widest values with their gradient.
-    3 * spec.hidden_size + (2 * width).max(attention)
+    3 * spec.hidden_size + mlp.max(attention)
 }

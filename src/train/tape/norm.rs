@@ -42,7 +42,7 @@ pub(super) fn norm(tape: &mut Tape<'_>, x: &Value, width: usize, norm: &Norm, we
     ready.apply(tape.cpu, &x.data, &mut y);
     let mut y = tape.value(y, x.slot.is_some() || params.iter().any(Option::is_some));
     if let Some(slot) = y.slot {
-        let x_saved = Rc::new(x.saved());
+        let x_saved = Rc::new(tape.saved(x));
         let (again, from) = (ready.clone(), x_saved.clone());
         // Cheaper to make again than to keep.
         y.recipe = Some(Rc::new(move |cpu, pool| {

@@ -31,24 +31,47 @@ impl Value {
         Value { data: Rc::new(data), slot: None, recipe: None }
     }
 
-    /// What a step keeps of it for its way back.
-    pub fn saved(&self) -> Saved {
-        match &self.recipe {
-            Some(recipe) => Saved::Again(recipe.clone()),
-            None => Saved::Kept(self.data.clone()),
-        }
-    }
-
     /// Its numbers, to be changed: its own memory unless a step has kept it.
     pub fn into_buffer(self) -> Buffer {
         Rc::try_unwrap(self.data).unwrap_or_else(|shared| shared.copy())
     }
 }
 
-/// A matrix kept for the way back.
+/// A matrix kept in memory for the way back.
+#[derive(Clone)]
+pub enum Kept {
+    /// As it is.
+    Whole(Rc<Buffer>),
+    /// Rounded to bf16 ([`Cpu::halve`]), with its shape.
+    Half(Rc<Buffer>, usize, usize),
+}
+
+impl Kept {
+    /// The matrix.
+    pub fn matrix(&self, cpu: &Cpu, pool: &Pool) -> Rc<Buffer> {
+        match self {
+            Kept::Whole(data) => data.clone(),
+            Kept::Half(data, rows, width) => {
+                let mut matrix = pool.take(*rows, *width);
+                cpu.unhalve(data, &mut matrix);
+                Rc::new(matrix)
+            }
+        }
+    }
+
+    /// The same, to be changed: its own memory unless someone else has it, too.
+    pub fn into_buffer(self, cpu: &Cpu, pool: &Pool) -> Buffer {
+        match self {
+            Kept::Whole(data) => own(data),
+            half => own(half.matrix(cpu, pool)),
+        }
+    }
+}
+
+/// What a step has of a matrix for the way back.
 pub enum Saved {
-    /// In memory.
-    Kept(Rc<Buffer>),
+    /// The matrix.
+    Kept(Kept),
     /// As the way to make it.
     Again(Recipe),
 }
@@ -57,7 +80,7 @@ impl Saved {
     /// The matrix.
     pub fn matrix(&self, cpu: &Cpu, pool: &Pool) -> Rc<Buffer> {
         match self {
-            Saved::Kept(data) => data.clone(),
+            Saved::Kept(kept) => kept.matrix(cpu, pool),
             Saved::Again(recipe) => Rc::new(recipe(cpu, pool)),
         }
     }
@@ -123,6 +146,25 @@ impl<'a> Tape<'a> {
     pub fn value(&mut self, data: Buffer, learns: bool) -> Value {
         let slot = (learns && self.recording).then(|| self.new_slot());
         Value { data: Rc::new(data), slot, recipe: None }
+    }
+
+    /// Keeps `data` for the way back: where the base's weights are coarser than bf16, in bf16.
+    pub fn keep(&self, data: Rc<Buffer>) -> Kept {
+        let (rows, width) = (data.rows(), data.width());
+        if !self.cpu.half_attention() || rows == 0 {
+            return Kept::Whole(data);
+        }
+        let mut half = self.pool.take(1, Cpu::half_len(rows * width));
+        self.cpu.halve(&data, &mut half);
+        Kept::Half(Rc::new(half), rows, width)
+    }
+
+    /// Keeps `x`, or the way to make it again.
+    pub fn saved(&self, x: &Value) -> Saved {
+        match &x.recipe {
+            Some(recipe) => Saved::Again(recipe.clone()),
+            None => Saved::Kept(self.keep(x.data.clone())),
+        }
     }
 
     /// Remembers `step`.
