@@ -2,53 +2,92 @@
 
 use super::float::finite_f16;
 use super::pack::put;
-use super::search;
+use super::search::{self, FINE, Integers};
 use crate::formats::Format;
+
+/// Blocks that are searched side by side.
+const SIDE: usize = 8;
 
 /// Encodes one row.
 #[inline(always)]
 pub(super) fn encode(format: Format, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
-    let (bits, has_min) = match format {
+    match (format, importance) {
+        (Format::Q8_0, _) => q8_0(row, out),
+        (_, None) => plain(format, row, out),
+        (_, Some(importance)) => searched(format, row, importance, out),
+    }
+}
+
+/// Bits of a code, and whether blocks have a minimum.
+#[inline(always)]
+fn kind(format: Format) -> (u32, bool) {
+    match format {
         Format::Q4_0 => (4, false),
         Format::Q4_1 => (4, true),
         Format::Q5_0 => (5, false),
-        Format::Q5_1 => (5, true),
-        _ => return q8_0(row, out),
-    };
-    // The mean square keeps importance from making a weight near zero count for nothing.
-    let mut sum = 0.0;
-    if importance.is_some() {
-        for x in row {
-            sum += x * x;
+        _ => (5, true),
+    }
+}
+
+/// Without importance: the largest weights set the scale.
+#[inline(always)]
+fn plain(format: Format, row: &[f32], out: &mut [u8]) {
+    let (bits, has_min) = kind(format);
+    for (x, block) in row.as_chunks::<32>().0.iter().zip(out.chunks_exact_mut(format.block_bytes())) {
+        if has_min {
+            let (scale, min, codes) = minimum_rounding((1 << bits) - 1, x);
+            write(format, block, scale, Some(min), &codes);
+        } else {
+            let (scale, codes) = symmetric_rounding(1 << (bits - 1), x);
+            write(format, block, scale, None, &codes);
         }
     }
-    let mean = sum / row.len() as f32;
-    for (b, (x, block)) in row.as_chunks::<32>().0.iter().zip(out.chunks_exact_mut(format.block_bytes())).enumerate() {
-        let weights = importance.map(|importance| search::weights(&importance[32 * b..], x, mean));
-        let codes = if has_min {
-            let levels = (1 << bits) - 1;
-            let found = weights.map(|w| search::llama_scale_min(levels, x, &w));
-            // Sums of squares of huge weights overflow; the plain way has none.
-            let found = found.filter(|(scale, min, _)| scale.is_finite() && min.is_finite());
-            let (scale, min, codes) = found.unwrap_or_else(|| minimum_rounding(levels, x));
-            block[..2].copy_from_slice(&finite_f16(scale).to_le_bytes());
-            block[2..4].copy_from_slice(&finite_f16(min).to_le_bytes());
-            codes
-        } else {
-            let half = 1 << (bits - 1);
-            let found = weights.map(|w| search::llama_scale(half, x, &w)).filter(|(scale, _)| scale.is_finite());
-            let (scale, codes) = found.unwrap_or_else(|| symmetric_rounding(half, x));
-            block[..2].copy_from_slice(&finite_f16(scale).to_le_bytes());
-            codes
-        };
-        put(format, block, 0, &codes);
+}
+
+/// With importance.
+#[inline(always)]
+fn searched(format: Format, row: &[f32], importance: &[f32], out: &mut [u8]) {
+    let (bits, has_min) = kind(format);
+    let mut sum = 0.0;
+    for x in row {
+        sum += x * x;
     }
+    let mean = sum / row.len() as f32;
+    let bytes = format.block_bytes();
+    for (b, (x, out)) in row.chunks(SIDE * 32).zip(out.chunks_mut(SIDE * bytes)).enumerate() {
+        let groups = search::side_by_side::<32, SIDE>(x);
+        let w = search::weighted(&importance[SIDE * 32 * b..][..x.len()], &groups, [mean; SIDE]);
+        let found = match format {
+            Format::Q4_0 => search::scale::<Integers<-8, 7>, 32, SIDE>(&groups, &w),
+            Format::Q5_0 => search::scale::<Integers<-16, 15>, 32, SIDE>(&groups, &w),
+            _ => search::scale_min(((1 << bits) - 1) as f32, FINE, &groups, &w),
+        };
+        for (k, (block, x)) in out.chunks_exact_mut(bytes).zip(x.as_chunks::<32>().0).enumerate() {
+            if !(found.scale[k].is_finite() && found.min[k].is_finite()) {
+                // Sums of squares of huge weights overflow; the plain way has none.
+                plain(format, x, block);
+                continue;
+            }
+            let codes = std::array::from_fn(|i| found.codes[i][k] as i8);
+            write(format, block, found.scale[k], has_min.then_some(found.min[k]), &codes);
+        }
+    }
+}
+
+/// Writes a block.
+#[inline(always)]
+fn write(format: Format, block: &mut [u8], scale: f32, min: Option<f32>, codes: &[i8; 32]) {
+    block[..2].copy_from_slice(&finite_f16(scale).to_le_bytes());
+    if let Some(min) = min {
+        block[2..4].copy_from_slice(&finite_f16(min).to_le_bytes());
+    }
+    put(format, block, 0, codes);
 }
 
 /// The largest weight by size becomes `-half`, and sets the scale.
 #[inline(always)]
 fn symmetric_rounding(half: i32, x: &[f32; 32]) -> (f32, [i8; 32]) {
-    let scale = search::largest(x) / -(half as f32);
+    let scale = largest(x) / -(half as f32);
     let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
     let mut codes = [0; 32];
     for i in 0..32 {
@@ -61,7 +100,7 @@ fn symmetric_rounding(half: i32, x: &[f32; 32]) -> (f32, [i8; 32]) {
 /// The least weight becomes 0 and the largest `levels`.
 #[inline(always)]
 fn minimum_rounding(levels: i32, x: &[f32; 32]) -> (f32, f32, [i8; 32]) {
-    let (low, high) = search::first_bounds(x);
+    let (low, high) = bounds(x);
     let scale = (high - low) / levels as f32;
     let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
     let mut codes = [0; 32];
@@ -74,7 +113,7 @@ fn minimum_rounding(levels: i32, x: &[f32; 32]) -> (f32, f32, [i8; 32]) {
 #[inline(always)]
 fn q8_0(row: &[f32], out: &mut [u8]) {
     for (x, block) in row.as_chunks::<32>().0.iter().zip(out.chunks_exact_mut(34)) {
-        let scale = search::size(x) / 127.0;
+        let scale = size(x) / 127.0;
         let inverse = if scale != 0.0 { 1.0 / scale } else { 0.0 };
         let mut codes = [0; 32];
         for i in 0..32 {
@@ -93,4 +132,55 @@ fn q8_0(row: &[f32], out: &mut [u8]) {
 #[inline(always)]
 fn truncate(v: f32) -> i32 {
     if v.abs() < 512.0 { v as i32 } else { 0 }
+}
+
+/// The largest size of the weights.
+#[inline(always)]
+fn size(x: &[f32; 32]) -> f32 {
+    // As integers, which are in the same order and which compilers take in any.
+    let mut size = 0;
+    for v in x {
+        size = size.max(v.to_bits() & 0x7fff_ffff);
+    }
+    f32::from_bits(size)
+}
+
+/// The first of the weights that are largest by size; 0, not -0, where all are zeros.
+#[inline(always)]
+fn largest(x: &[f32; 32]) -> f32 {
+    let size = size(x);
+    let mut first = 32;
+    for i in 0..32 {
+        first = first.min(if x[i].abs() == size { i } else { 32 });
+    }
+    if size > 0.0 && first < 32 { x[first] } else { 0.0 }
+}
+
+/// The least and the largest weight, each the first of its kind, which tells 0 from -0.
+#[inline(always)]
+fn bounds(x: &[f32; 32]) -> (f32, f32) {
+    const LANES: usize = 16;
+    let (mut low, mut high) = ([x[0]; LANES], [x[0]; LANES]);
+    for x in x.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            low[i] = if x[i] < low[i] { x[i] } else { low[i] };
+            high[i] = if x[i] > high[i] { x[i] } else { high[i] };
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            low[i] = if low[i + width] < low[i] { low[i + width] } else { low[i] };
+            high[i] = if high[i + width] > high[i] { high[i + width] } else { high[i] };
+        }
+        width /= 2;
+    }
+    for bound in [&mut low[0], &mut high[0]] {
+        if *bound == 0.0
+            && let Some(zero) = x.iter().find(|v| **v == 0.0)
+        {
+            *bound = *zero;
+        }
+    }
+    (low[0], high[0])
 }

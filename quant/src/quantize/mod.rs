@@ -10,6 +10,7 @@ mod float;
 mod gptq;
 mod grid;
 mod hessian;
+mod iq4;
 mod kquants;
 mod layer;
 mod legacy;
@@ -86,10 +87,11 @@ fn row(format: Format, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) 
         Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 => {
             legacy::encode(format, row, importance, out);
         }
-        Format::Q2_K | Format::Q3_K | Format::Q4_K | Format::Q5_K | Format::Q6_K | Format::IQ4_XS => {
+        Format::Q2_K | Format::Q3_K | Format::Q4_K | Format::Q5_K | Format::Q6_K => {
             kquants::encode(format, row, importance, out);
         }
-        Format::IQ4_NL => kquants::encode_iq4_nl(row, importance, out),
+        Format::IQ4_NL => iq4::encode_nl(row, importance, out),
+        Format::IQ4_XS => iq4::encode_xs(row, importance, out),
         Format::MXFP4 => mxfp4::encode(row, out),
         Format::Q4_Z | Format::Q8_F | Format::Q8_Z | Format::NF4 | Format::FP4 => {
             panic!("{format} is read from other tools' checkpoints, not encoded")

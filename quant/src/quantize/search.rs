@@ -1,16 +1,36 @@
-//! Searches for the scale, and perhaps the minimum, of a group of weights.
+//! The searches for the scale, and perhaps the minimum, of a group of weights by which ggml's reference quantizers
+//! choose them (`ggml-quants.c`). Perplexity answers to single codes as to the throw of a coin: only files with the
+//! same codes are never worse.
 //!
-//! The searches run over candidates in lanes: all lanes take the weights in the same order, so that their sums are the
-//! same on every instruction set, and those of a single candidate at a time.
+//! Several groups are searched side by side, one in each lane. A lane adds up its weights one after another, in f32 and
+//! without fused multiply-add, as the reference does: so its results are the reference's, and the same on every
+//! instruction set.
 
 use crate::formats::IQ4_TABLE;
-use crate::kernels::lanes;
-
-/// Candidates that are tried at once.
-pub(super) const LANES: usize = 16;
 
 /// A group whose weights are all smaller than this is one of zeros.
-pub(super) const NOTHING: f32 = 1e-15;
+const NOTHING: f32 = 1e-15;
+
+/// A number for each lane.
+pub(super) type Lanes<const L: usize> = [f32; L];
+
+/// What a search found.
+pub(super) struct Found<const N: usize, const L: usize> {
+    /// Weights are about `scale * code + min`.
+    pub scale: Lanes<L>,
+    /// Not above 0; 0 for grids without a minimum.
+    pub min: Lanes<L>,
+    /// The codes that the search ended with.
+    pub codes: [Lanes<L>; N],
+}
+
+impl<const N: usize, const L: usize> Found<N, L> {
+    /// The scales, and how far the minimums lie below 0.
+    #[inline(always)]
+    pub fn size(&self) -> [Lanes<L>; 2] {
+        [self.scale, self.min.map(|min| -min)]
+    }
+}
 
 /// The nearest integer, ties to even, of a number below 2^22 in size.
 #[inline(always)]
@@ -27,323 +47,476 @@ pub(super) fn clamp(x: f32, low: f32, high: f32) -> f32 {
     if x < high { x } else { high }
 }
 
-/// The largest size of the weights.
+/// `1 / x`, and 0 for 0.
 #[inline(always)]
-pub(super) fn size<const N: usize>(x: &[f32; N]) -> f32 {
-    // As integers, which are in the same order and which compilers take in any.
-    let mut size = 0;
-    for v in x {
-        size = size.max(v.to_bits() & 0x7fff_ffff);
-    }
-    f32::from_bits(size)
+pub(super) fn reciprocal(x: f32) -> f32 {
+    if x != 0.0 { 1.0 / x } else { 0.0 }
 }
 
-/// The first of the weights that are largest by size; 0, not -0, where all are zeros.
+/// Groups that lie one after another, side by side.
 #[inline(always)]
-pub(super) fn largest<const N: usize>(x: &[f32; N]) -> f32 {
-    let size = size(x);
-    let mut first = N as u32;
+pub(super) fn side_by_side<const N: usize, const L: usize>(x: &[f32]) -> [Lanes<L>; N] {
+    let mut lanes = [[0.0; L]; N];
+    for (k, group) in x.as_chunks::<N>().0.iter().enumerate() {
+        for i in 0..N {
+            lanes[i][k] = group[i];
+        }
+    }
+    lanes
+}
+
+/// The sum of each lane.
+#[inline(always)]
+pub(super) fn sums<const N: usize, const L: usize>(x: &[Lanes<L>; N]) -> Lanes<L> {
+    let mut sums = [0.0; L];
+    for x in x {
+        for k in 0..L {
+            sums[k] += x[k];
+        }
+    }
+    sums
+}
+
+/// The squares of all weights.
+#[inline(always)]
+pub(super) fn squares<const N: usize, const L: usize>(x: &[Lanes<L>; N]) -> [Lanes<L>; N] {
+    x.map(|x| x.map(|x| x * x))
+}
+
+/// How much errors count: each column's importance, more for larger weights. `spread` is a mean square, which keeps
+/// weights near zero from counting for nothing.
+#[inline(always)]
+pub(super) fn weighted<const N: usize, const L: usize>(
+    importance: &[f32],
+    x: &[Lanes<L>; N],
+    spread: Lanes<L>,
+) -> [Lanes<L>; N] {
+    let mut w = side_by_side::<N, L>(importance);
     for i in 0..N {
-        first = first.min(if x[i].abs() == size { i as u32 } else { N as u32 });
-    }
-    if size > 0.0 && (first as usize) < N { x[first as usize] } else { 0.0 }
-}
-
-/// The least and the largest weight.
-#[inline(always)]
-pub(super) fn bounds<const N: usize>(x: &[f32; N]) -> (f32, f32) {
-    let (mut low, mut high) = ([x[0]; LANES], [x[0]; LANES]);
-    for x in x.as_chunks::<LANES>().0 {
-        for i in 0..LANES {
-            low[i] = if x[i] < low[i] { x[i] } else { low[i] };
-            high[i] = if x[i] > high[i] { x[i] } else { high[i] };
+        for k in 0..L {
+            w[i][k] *= (spread[k] + x[i][k] * x[i][k]).sqrt();
         }
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            low[i] = if low[i + width] < low[i] { low[i + width] } else { low[i] };
-            high[i] = if high[i + width] > high[i] { high[i + width] } else { high[i] };
-        }
-        width /= 2;
-    }
-    (low[0], high[0])
+    w
 }
 
-/// [`bounds`], each the first of its kind, which tells 0 from -0.
+/// The first of the weights of each lane that are largest by size.
 #[inline(always)]
-pub(super) fn first_bounds<const N: usize>(x: &[f32; N]) -> (f32, f32) {
-    let mut bounds = bounds(x);
-    for bound in [&mut bounds.0, &mut bounds.1] {
-        if *bound == 0.0
-            && let Some(zero) = x.iter().find(|v| **v == 0.0)
-        {
-            *bound = *zero;
+fn largest<const N: usize, const L: usize>(x: &[Lanes<L>; N]) -> Lanes<L> {
+    let mut largest = [0f32; L];
+    for x in x {
+        for k in 0..L {
+            largest[k] = if x[k].abs() > largest[k].abs() { x[k] } else { largest[k] };
         }
     }
-    bounds
+    largest
 }
 
-/// The first lane with the least value; values are not negative, and NaN is more than any.
-#[inline(always)]
-pub(super) fn least(values: &[f32; LANES]) -> usize {
-    let mut least = u32::MAX;
-    for v in values {
-        least = least.min(v.to_bits());
-    }
-    let mut first = LANES as u32 - 1;
-    for k in 0..LANES {
-        first = first.min(if values[k].to_bits() == least { k as u32 } else { u32::MAX });
-    }
-    first as usize
-}
-
-/// The first lane with the greatest value; values are not negative.
-#[inline(always)]
-pub(super) fn greatest(values: &[f32; LANES]) -> usize {
-    let mut most = 0;
-    for v in values {
-        most = most.max(v.to_bits());
-    }
-    let mut first = LANES as u32 - 1;
-    for k in 0..LANES {
-        first = first.min(if values[k].to_bits() == most { k as u32 } else { u32::MAX });
-    }
-    first as usize
-}
-
-/// How much the error of each weight counts: its column's importance, more for larger weights.
-#[inline(always)]
-pub(super) fn weights<const N: usize>(importance: &[f32], x: &[f32; N], mean_square: f32) -> [f32; N] {
-    let mut weights = [0.0; N];
-    for i in 0..N {
-        weights[i] = importance[i] * (mean_square + x[i] * x[i]).sqrt();
-    }
-    weights
-}
-
-/// The scale, and codes in `-half..half`, that llama.cpp finds among 19 (ggml-quants.c, `make_qx_quants`).
-#[inline(always)]
-pub(super) fn llama_scale(half: i32, x: &[f32; 32], w: &[f32; 32]) -> (f32, [i8; 32]) {
-    let largest = largest(x);
-    if largest.abs() < NOTHING {
-        return (0.0, [-half as i8; 32]);
-    }
-    let half = half as f32;
-    let mut inverses = [-half / largest; 2 * LANES];
-    for (k, step) in (-9..=9).filter(|&s| s != 0).enumerate() {
-        inverses[k + 1] = -(half + 0.1 * step as f32) / largest;
-    }
-    let mut products = [0f32; 2 * LANES];
-    let mut squares = [0f32; 2 * LANES];
-    for i in 0..32 {
-        for k in 0..2 * LANES {
-            let q = clamp(nearest(inverses[k] * x[i]), -half, half - 1.0);
-            products[k] += w[i] * x[i] * q;
-            squares[k] += w[i] * q * q;
-        }
-    }
-    let mut scale = if squares[0] != 0.0 { products[0] / squares[0] } else { 0.0 };
-    let mut best = scale * products[0];
-    let mut inverse = inverses[0];
-    for k in 1..19 {
-        if squares[k] > 0.0 && products[k] * products[k] > best * squares[k] {
-            scale = products[k] / squares[k];
-            best = scale * products[k];
-            inverse = inverses[k];
-        }
-    }
-    let mut codes = [0; 32];
-    for i in 0..32 {
-        codes[i] = clamp(nearest(inverse * x[i]), -half, half - 1.0) as i8;
-    }
-    (scale, codes)
-}
-
-/// The scale, minimum (as it is added) and codes in `0..=levels` that llama.cpp finds in 37 steps, each of which starts
-/// from the best minimum so far (ggml-quants.c, `make_qkx3_quants`).
-#[inline(always)]
-pub(super) fn llama_scale_min(levels: i32, x: &[f32; 32], w: &[f32; 32]) -> (f32, f32, [i8; 32]) {
-    let levels = levels as f32;
-    let (mut min, max) = first_bounds(x);
-    let (mut sum_w, mut sum_x) = (0.0, 0.0);
-    for i in 0..32 {
-        sum_w += w[i];
-        sum_x += w[i] * x[i];
-    }
-    if min > 0.0 {
-        min = 0.0;
-    }
-    if max <= min {
-        return (0.0, min, [0; 32]);
-    }
-    let mut inverse = levels / (max - min);
-    let mut scale = 1.0 / inverse;
-    let mut codes = [0f32; 32];
-    let mut best = 0.0;
-    for i in 0..32 {
-        // Beyond 2^22 only where the inverse is infinite, and then llama.cpp's rounding gives 0.
-        let level = inverse * (x[i] - min);
-        codes[i] = if level < 4_194_304.0 { clamp(nearest(level), 0.0, levels) } else { 0.0 };
-        let error = scale * codes[i] + min - x[i];
-        best += w[i] * (error * error);
-    }
-    for step in 0..=36 {
-        inverse = (-0.9 + 0.05 * step as f32 + levels) / (max - min);
-        let mut q = [0f32; 32];
-        let (mut sum_q, mut sum_qq, mut sum_qx) = (0.0, 0.0, 0.0);
-        for i in 0..32 {
-            q[i] = nearest(clamp(inverse * (x[i] - min), 0.0, levels));
-            sum_q += w[i] * q[i];
-            sum_qq += w[i] * q[i] * q[i];
-            sum_qx += w[i] * q[i] * x[i];
-        }
-        let determinant = sum_w * sum_qq - sum_q * sum_q;
-        if determinant > 0.0 {
-            let mut try_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant;
-            let mut try_min = (sum_qq * sum_x - sum_q * sum_qx) / determinant;
-            if try_min > 0.0 {
-                try_min = 0.0;
-                try_scale = sum_qx / sum_qq;
-            }
-            let mut error = 0.0;
-            for i in 0..32 {
-                let e = try_scale * q[i] + try_min - x[i];
-                error += w[i] * (e * e);
-            }
-            if error < best {
-                (best, scale, min, codes) = (error, try_scale, try_min, q);
-            }
-        }
-    }
-    (scale, min, codes.map(|q| q as i8))
-}
-
-/// What a format can hold of `weight / scale`.
+/// What a format can hold of `weight / scale`, and the scales that are tried for it.
 pub(super) trait Grid {
-    /// The least and the greatest level.
-    const ENDS: (f32, f32);
+    /// The least level, which the largest weight gets at first.
+    const LOW: f32;
+    /// Steps away from that on both sides.
+    const STEPS: i32;
+    /// Whether the inverse at step 0 is rounded otherwise than the first one, and so worth a try.
+    const MIDDLE: bool;
     /// The level nearest to `x`.
     fn round(x: f32) -> f32;
+    /// The inverse of the scale at which `largest` gets the least level.
+    fn first(largest: f32) -> f32;
+    /// The inverse of the scale that is `step` away from it.
+    fn inverse(step: i32, largest: f32) -> f32;
+    /// `w * x * q`, in the order in which the reference multiplies.
+    fn product(w: f32, x: f32, q: f32) -> f32;
 }
 
-/// The integers from `LOW` to `HIGH`.
+/// The integers from `LOW` to `HIGH` (`make_qx_quants`).
 pub(super) struct Integers<const LOW: i8, const HIGH: i8>;
 
 impl<const LOW: i8, const HIGH: i8> Grid for Integers<LOW, HIGH> {
-    const ENDS: (f32, f32) = (LOW as f32, HIGH as f32);
+    const LOW: f32 = LOW as f32;
+    const STEPS: i32 = 9;
+    const MIDDLE: bool = false;
 
     #[inline(always)]
     fn round(x: f32) -> f32 {
         nearest(clamp(x, LOW as f32, HIGH as f32))
     }
+
+    #[inline(always)]
+    fn first(largest: f32) -> f32 {
+        Self::LOW / largest
+    }
+
+    #[inline(always)]
+    fn inverse(step: i32, largest: f32) -> f32 {
+        -(0.1 * step as f32 - Self::LOW) / largest
+    }
+
+    #[inline(always)]
+    fn product(w: f32, x: f32, q: f32) -> f32 {
+        w * x * q
+    }
 }
 
-/// The 16 values of IQ4_NL and IQ4_XS.
+/// The 16 values of IQ4_NL and IQ4_XS (`quantize_row_iq4_nl_impl`).
 pub(super) struct Iq4;
 
 impl Grid for Iq4 {
-    const ENDS: (f32, f32) = (IQ4_TABLE[0] as f32, IQ4_TABLE[15] as f32);
+    const LOW: f32 = IQ4_TABLE[0] as f32;
+    const STEPS: i32 = 7;
+    const MIDDLE: bool = true;
 
+    /// The upper of two that are equally near.
     #[inline(always)]
     fn round(x: f32) -> f32 {
-        let mut level = f32::from(IQ4_TABLE[0]);
+        let mut level = Self::LOW;
         for i in 0..15 {
             let (low, high) = (f32::from(IQ4_TABLE[i]), f32::from(IQ4_TABLE[i + 1]));
-            level += if x > 0.5 * (low + high) { high - low } else { 0.0 };
+            level += if x >= 0.5 * (low + high) { high - low } else { 0.0 };
         }
         level
     }
+
+    #[inline(always)]
+    fn first(largest: f32) -> f32 {
+        1.0 / (-largest / Self::LOW)
+    }
+
+    #[inline(always)]
+    fn inverse(step: i32, largest: f32) -> f32 {
+        (step as f32 + Self::LOW) / largest
+    }
+
+    #[inline(always)]
+    fn product(w: f32, x: f32, q: f32) -> f32 {
+        w * q * x
+    }
 }
 
-/// The scale that loses least of a group, found among 16 first guesses by rounding and fitting in turns.
+/// The scale at which most of the weighted square of each group is explained, among those around the one that gives its
+/// largest weight the least level.
 #[inline(always)]
-pub(super) fn scale<G: Grid, const N: usize>(x: &[f32; N], w: &[f32; N]) -> f32 {
-    let (low, high) = bounds(x);
-    let largest = if high > -low { high } else { low };
-    if largest.abs() < NOTHING {
-        return 0.0;
+pub(super) fn scale<G: Grid, const N: usize, const L: usize>(x: &[Lanes<L>; N], w: &[Lanes<L>; N]) -> Found<N, L> {
+    let largest = largest(x);
+    let mut found = Found { scale: [0.0; L], min: [0.0; L], codes: [[G::LOW; L]; N] };
+    let mut chosen = [0f32; L];
+    let mut best = [0f32; L];
+    for k in 0..L {
+        chosen[k] = G::first(largest[k]);
     }
-    // Half of the guesses put the largest weight near one end of the levels, and half near the other.
-    let mut inverse = [0f32; LANES];
-    for k in 0..LANES / 2 {
-        let shrink = 1.06 - 0.045 * k as f32;
-        inverse[k] = G::ENDS.0 * shrink / largest;
-        inverse[k + LANES / 2] = G::ENDS.1 * shrink / largest;
+    let (products, squares) = explained::<G, N, L>(&chosen, x, w);
+    for k in 0..L {
+        found.scale[k] = if squares[k] > 0.0 { products[k] / squares[k] } else { 0.0 };
+        best[k] = found.scale[k] * products[k];
     }
-    let mut products = [0f32; LANES];
-    let mut squares = [0f32; LANES];
-    for _ in 0..3 {
-        (products, squares) = ([0f32; LANES], [0f32; LANES]);
-        for i in 0..N {
-            let wx = w[i] * x[i];
-            for k in 0..LANES {
-                let q = G::round(inverse[k] * x[i]);
-                products[k] += wx * q;
-                squares[k] += w[i] * q * q;
-            }
+    for step in (-G::STEPS..=G::STEPS).filter(|step| G::MIDDLE || *step != 0) {
+        let mut inverse = [0f32; L];
+        for k in 0..L {
+            inverse[k] = G::inverse(step, largest[k]);
         }
-        for k in 0..LANES {
-            inverse[k] = if products[k] != 0.0 { squares[k] / products[k] } else { 0.0 };
+        let (products, squares) = explained::<G, N, L>(&inverse, x, w);
+        for k in 0..L {
+            let better = squares[k] > 0.0 && products[k] * products[k] > best[k] * squares[k];
+            let scale = products[k] / squares[k];
+            found.scale[k] = if better { scale } else { found.scale[k] };
+            best[k] = if better { scale * products[k] } else { best[k] };
+            chosen[k] = if better { inverse[k] } else { chosen[k] };
         }
     }
-    let mut gain = [0f32; LANES];
-    for k in 0..LANES {
-        // The square of the weights that this lane explains; the one that explains most has the least error.
-        gain[k] = if squares[k] > 0.0 { products[k] * products[k] / squares[k] } else { 0.0 };
+    for k in 0..L {
+        if largest[k].abs() < NOTHING {
+            found.scale[k] = 0.0;
+            // NaN is rounded to the least level, which is what the reference leaves here.
+            chosen[k] = f32::NAN;
+        } else if !found.scale[k].is_finite() {
+            // Sums beyond the largest number: the errors of this group cannot be compared.
+            found.scale[k] = largest[k] / G::LOW;
+            chosen[k] = G::first(largest[k]);
+        }
     }
-    let best = greatest(&gain);
-    if gain[best] > 0.0 { products[best] / squares[best] } else { largest / G::ENDS.0 }
+    for i in 0..N {
+        for k in 0..L {
+            found.codes[i][k] = G::round(chosen[k] * x[i][k]);
+        }
+    }
+    found
 }
 
-/// The scale and minimum (as it is taken off, not below 0) that lose least of a group whose codes are `0..=levels`.
+/// The sums `w x q` and `w q q` of each group for codes `q` at these inverses of scales.
 #[inline(always)]
-pub(super) fn scale_min<const N: usize>(levels: f32, x: &[f32; N], w: &[f32; N]) -> (f32, f32) {
-    let (low, high) = bounds(x);
-    let low = if low > 0.0 { 0.0 } else { low };
-    if high <= low {
-        return (0.0, -low);
+fn explained<G: Grid, const N: usize, const L: usize>(
+    inverse: &Lanes<L>,
+    x: &[Lanes<L>; N],
+    w: &[Lanes<L>; N],
+) -> (Lanes<L>, Lanes<L>) {
+    let (mut products, mut squares) = ([0f32; L], [0f32; L]);
+    for i in 0..N {
+        for k in 0..L {
+            let q = G::round(inverse[k] * x[i][k]);
+            products[k] += G::product(w[i][k], x[i][k], q);
+            squares[k] += w[i][k] * q * q;
+        }
     }
-    let (sum_w, sum_x) = (lanes::sum(w), lanes::dot(w, x));
-    let mut inverse = [0f32; LANES];
-    let mut offset = [0f32; LANES];
-    for k in 0..LANES {
-        inverse[k] = (levels - 0.9 + 0.12 * k as f32) / (high - low);
-        offset[k] = -low * inverse[k];
+    (products, squares)
+}
+
+/// Which scales [`scale_min`] tries.
+#[derive(Clone, Copy)]
+pub(super) struct Schedule {
+    /// Levels more than there are that the group's span is divided into at first,
+    pub from: f32,
+    /// how many more at each step,
+    pub by: f32,
+    /// and the number of steps after the first.
+    pub steps: i32,
+    /// Whether errors count by their size instead of their square.
+    pub absolute: bool,
+}
+
+/// Wherever columns have an importance (`make_qkx3_quants`).
+pub(super) const FINE: Schedule = Schedule { from: -0.9, by: 0.05, steps: 36, absolute: false };
+
+/// The scale and minimum at which the weighted error of each group, whose codes are `0..=levels`, is least: each step
+/// rounds at a scale and with the best minimum so far, and takes the line that fits these codes best
+/// (`make_qkx2_quants`, `make_qkx3_quants`).
+#[inline(always)]
+pub(super) fn scale_min<const N: usize, const L: usize>(
+    levels: f32,
+    schedule: Schedule,
+    x: &[Lanes<L>; N],
+    w: &[Lanes<L>; N],
+) -> Found<N, L> {
+    let (mut min, mut max) = (x[0], x[0]);
+    let mut sum_x = [0f32; L];
+    for i in 0..N {
+        for k in 0..L {
+            min[k] = if x[i][k] < min[k] { x[i][k] } else { min[k] };
+            max[k] = if x[i][k] > max[k] { x[i][k] } else { max[k] };
+            sum_x[k] += w[i][k] * x[i][k];
+        }
     }
-    let mut scale = [0f32; LANES];
-    let mut min = [0f32; LANES];
-    let mut gain = [0f32; LANES];
-    for _ in 0..3 {
-        let mut sum_q = [0f32; LANES];
-        let mut sum_qq = [0f32; LANES];
-        let mut sum_qx = [0f32; LANES];
+    let sum_w = sums(w);
+    let mut found = Found { scale: [0.0; L], min: [0.0; L], codes: [[0.0; L]; N] };
+    // How the best codes are made again: their inverse of a scale and the minimum they were rounded with.
+    let (mut chosen, mut chosen_min) = ([0f32; L], [0f32; L]);
+    for k in 0..L {
+        min[k] = if min[k] > 0.0 { 0.0 } else { min[k] };
+        let inverse = levels / (max[k] - min[k]);
+        found.scale[k] = 1.0 / inverse;
+        // Infinite for a span of next to nothing, of which the reference's rounding makes code 0.
+        chosen[k] = if inverse < f32::INFINITY { inverse } else { 0.0 };
+        chosen_min[k] = min[k];
+    }
+    let mut q = codes(levels, &chosen, &min, x);
+    let mut best = errors(schedule.absolute, &q, &found.scale, &min, x, w);
+    for step in 0..=schedule.steps {
+        let mut inverse = [0f32; L];
+        for k in 0..L {
+            inverse[k] = (schedule.from + schedule.by * step as f32 + levels) / (max[k] - min[k]);
+        }
+        let (mut sum_q, mut sum_qq, mut sum_qx) = ([0f32; L], [0f32; L], [0f32; L]);
         for i in 0..N {
-            for k in 0..LANES {
-                let q = nearest(clamp(inverse[k] * x[i] + offset[k], 0.0, levels));
-                let wq = w[i] * q;
+            for k in 0..L {
+                q[i][k] = nearest(clamp(inverse[k] * (x[i][k] - min[k]), 0.0, levels));
+                let wq = w[i][k] * q[i][k];
                 sum_q[k] += wq;
-                sum_qq[k] += wq * q;
-                sum_qx[k] += wq * x[i];
+                sum_qq[k] += wq * q[i][k];
+                sum_qx[k] += wq * x[i][k];
             }
         }
-        for k in 0..LANES {
-            let determinant = sum_w * sum_qq[k] - sum_q[k] * sum_q[k];
-            let s = (sum_w * sum_qx[k] - sum_x * sum_q[k]) / determinant;
-            let m = (sum_qq[k] * sum_x - sum_q[k] * sum_qx[k]) / determinant;
+        let (mut scale, mut offset, mut fits) = ([0f32; L], [0f32; L], [false; L]);
+        for k in 0..L {
+            let determinant = sum_w[k] * sum_qq[k] - sum_q[k] * sum_q[k];
+            let s = (sum_w[k] * sum_qx[k] - sum_x[k] * sum_q[k]) / determinant;
+            let m = (sum_qq[k] * sum_x[k] - sum_q[k] * sum_qx[k]) / determinant;
             // Minimums above 0 cannot be stored: then the best line goes through 0.
-            let (s, m) = if m > 0.0 { (sum_qx[k] / sum_qq[k], 0.0) } else { (s, m) };
-            let good = determinant > 0.0 && s > 0.0;
-            // Where not every level is used, all codes moved by one are as good but for rounding: a little for the
-            // smaller minimum, which keeps weights that lie on a grid already on the same grid.
-            let explained = (s * sum_qx[k] + m * sum_x) * (1.0 + 4e-6 * m / (high - low));
-            gain[k] = if good && explained > 0.0 { explained } else { 0.0 };
-            scale[k] = if good { s } else { scale[k] };
-            min[k] = if good { m } else { min[k] };
-            inverse[k] = if good { 1.0 / s } else { inverse[k] };
-            offset[k] = if good { -m / s } else { offset[k] };
+            scale[k] = if m > 0.0 { sum_qx[k] / sum_qq[k] } else { s };
+            offset[k] = if m > 0.0 { 0.0 } else { m };
+            fits[k] = determinant > 0.0;
+        }
+        let error = errors(schedule.absolute, &q, &scale, &offset, x, w);
+        for k in 0..L {
+            let better = fits[k] && error[k] < best[k];
+            best[k] = if better { error[k] } else { best[k] };
+            found.scale[k] = if better { scale[k] } else { found.scale[k] };
+            chosen[k] = if better { inverse[k] } else { chosen[k] };
+            chosen_min[k] = if better { min[k] } else { chosen_min[k] };
+            min[k] = if better { offset[k] } else { min[k] };
         }
     }
-    let best = greatest(&gain);
-    if gain[best] > 0.0 { (scale[best], -min[best]) } else { ((high - low) / levels, -low) }
+    found.min = min;
+    found.codes = codes(levels, &chosen, &chosen_min, x);
+    found
+}
+
+/// Codes in `0..=levels` of what the weights are above `min`.
+#[inline(always)]
+fn codes<const N: usize, const L: usize>(
+    levels: f32,
+    inverse: &Lanes<L>,
+    min: &Lanes<L>,
+    x: &[Lanes<L>; N],
+) -> [Lanes<L>; N] {
+    let mut q = [[0f32; L]; N];
+    for i in 0..N {
+        for k in 0..L {
+            q[i][k] = nearest(clamp(inverse[k] * (x[i][k] - min[k]), 0.0, levels));
+        }
+    }
+    q
+}
+
+/// The weighted error of each group.
+#[inline(always)]
+fn errors<const N: usize, const L: usize>(
+    absolute: bool,
+    q: &[Lanes<L>; N],
+    scale: &Lanes<L>,
+    min: &Lanes<L>,
+    x: &[Lanes<L>; N],
+    w: &[Lanes<L>; N],
+) -> Lanes<L> {
+    let mut errors = [0f32; L];
+    for i in 0..N {
+        for k in 0..L {
+            let error = scale[k] * q[i][k] + min[k] - x[i][k];
+            errors[k] += w[i][k] * if absolute { error.abs() } else { error * error };
+        }
+    }
+    errors
+}
+
+/// The scale and codes of each group after coordinate descent from the codes that give the largest weight the least one
+/// (`make_q3_quants`).
+#[inline(always)]
+pub(super) fn descended_scale<const N: usize, const L: usize>(
+    low: f32,
+    high: f32,
+    x: &[Lanes<L>; N],
+    w: &[Lanes<L>; N],
+) -> Found<N, L> {
+    let largest = largest(x);
+    let mut q = [[low; L]; N];
+    for i in 0..N {
+        for k in 0..L {
+            q[i][k] = nearest(clamp(low / largest[k] * x[i][k], low, high));
+        }
+    }
+    let mut scale = descend(low, high, x, w, &mut q);
+    for k in 0..L {
+        if largest[k].abs() < NOTHING {
+            scale[k] = 0.0;
+            set_lane(&mut q, k, low);
+        } else if !scale[k].is_finite() {
+            scale[k] = largest[k] / low;
+        }
+    }
+    Found { scale, min: [0.0; L], codes: q }
+}
+
+/// Gives all codes of lane `k` one value.
+#[inline(always)]
+fn set_lane<const N: usize, const L: usize>(q: &mut [Lanes<L>; N], k: usize, code: f32) {
+    for q in q {
+        q[k] = code;
+    }
+}
+
+/// A scale and codes in `0..=top` for numbers that are not negative: the scale of least error among nine, then
+/// coordinate descent (`make_qp_quants`).
+#[inline(always)]
+pub(super) fn steps<const N: usize, const L: usize>(top: f32, x: &[Lanes<L>; N], w: &[Lanes<L>; N]) -> Found<N, L> {
+    let mut max = [0f32; L];
+    for x in x {
+        for k in 0..L {
+            max[k] = if x[k] > max[k] { x[k] } else { max[k] };
+        }
+    }
+    let mut chosen = [0f32; L];
+    let mut best = [0f32; L];
+    // The middle first: others are taken only where they are better.
+    for step in [0, -4, -3, -2, -1, 1, 2, 3, 4] {
+        let mut inverse = [0f32; L];
+        let mut errors = [0f32; L];
+        for k in 0..L {
+            inverse[k] = (0.1 * step as f32 + top) / max[k];
+        }
+        for i in 0..N {
+            for k in 0..L {
+                let q = nearest(clamp(inverse[k] * x[i][k], 0.0, top));
+                let error = x[i][k] - 1.0 / inverse[k] * q;
+                errors[k] += w[i][k] * error * error;
+            }
+        }
+        for k in 0..L {
+            let better = step == 0 || errors[k] < best[k];
+            best[k] = if better { errors[k] } else { best[k] };
+            chosen[k] = if better { inverse[k] } else { chosen[k] };
+        }
+    }
+    let mut q = [[0f32; L]; N];
+    for i in 0..N {
+        for k in 0..L {
+            q[i][k] = nearest(clamp(chosen[k] * x[i][k], 0.0, top));
+        }
+    }
+    let mut scale = descend(0.0, top, x, w, &mut q);
+    for k in 0..L {
+        if max[k] < NOTHING {
+            scale[k] = 0.0;
+            set_lane(&mut q, k, 0.0);
+        } else if !scale[k].is_finite() {
+            scale[k] = max[k] / top;
+        }
+    }
+    Found { scale, min: [0.0; L], codes: q }
+}
+
+/// Sets, up to five times over each group, each code to what is best with the others as they are, where that explains
+/// more of the weighted square; and returns the scales that fit the codes best.
+#[inline(always)]
+fn descend<const N: usize, const L: usize>(
+    low: f32,
+    high: f32,
+    x: &[Lanes<L>; N],
+    w: &[Lanes<L>; N],
+    q: &mut [Lanes<L>; N],
+) -> Lanes<L> {
+    let (mut products, mut squares) = ([0f32; L], [0f32; L]);
+    for i in 0..N {
+        for k in 0..L {
+            products[k] += w[i][k] * x[i][k] * q[i][k];
+            squares[k] += w[i][k] * q[i][k] * q[i][k];
+        }
+    }
+    // A lane in which nothing changes stays as it is in the passes that others still need.
+    for _ in 0..5 {
+        let mut changed = 0u32;
+        for i in 0..N {
+            for k in 0..L {
+                let (x, w, old) = (x[i][k], w[i][k], q[i][k]);
+                let product = products[k] - w * x * old;
+                let square = squares[k] - w * old * old;
+                let new = nearest(clamp(x * square / product, low, high));
+                let (new_product, new_square) = (product + w * x * new, square + w * new * new);
+                let better = product > 0.0
+                    && square > 0.0
+                    && new != old
+                    && new_product * new_product * squares[k] > products[k] * products[k] * new_square;
+                q[i][k] = if better { new } else { old };
+                products[k] = if better { new_product } else { products[k] };
+                squares[k] = if better { new_square } else { squares[k] };
+                changed |= u32::from(better);
+            }
+        }
+        if changed == 0 {
+            break;
+        }
+    }
+    let mut scale = [0f32; L];
+    for k in 0..L {
+        scale[k] = if squares[k] > 0.0 { products[k] / squares[k] } else { 0.0 };
+    }
+    scale
 }
