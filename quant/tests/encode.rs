@@ -1,10 +1,8 @@
-//! Encoding: the old formats against llama.cpp's bytes (`fixtures/encode/make.py`), the others by what they must keep.
+//! Encoding: against llama.cpp's bytes (`fixtures/encode/make.py`), and by what must be kept.
 
 use proptest::prelude::*;
 use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::{Levels, encode, put_codes};
-
-const LEGACY: [Format; 5] = [Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0];
 
 fn coded() -> impl Iterator<Item = Format> + Clone {
     Format::ALL.into_iter().filter(|f| !f.is_float() && !f.is_internal())
@@ -50,17 +48,27 @@ fn error(x: &[f32], y: &[f32]) -> f64 {
 }
 
 #[test]
-fn the_old_formats_get_llama_cpps_bytes() {
+fn rows_get_llama_cpps_bytes() {
+    const COLS: usize = 512;
     let (rows, importance) = (floats("rows.f32"), floats("importance.f32"));
-    for format in LEGACY {
+    for format in coded().filter(|f| *f != Format::MXFP4) {
         let want = fixture(&format!("{format}.bin"));
-        let mut got = encoded(format, &rows, 64, None);
-        got.extend(encoded(format, &rows, 64, Some(&importance)));
+        let mut got = encoded(format, &rows, COLS, None);
+        got.extend(encoded(format, &rows, COLS, Some(&importance)));
         assert_eq!(got.len(), want.len());
-        let bytes = format.row_bytes(64).unwrap();
+        let (bytes, len) = (format.block_bytes(), format.block_len());
+        let blocks = rows.len() / len;
         for (i, (got, want)) in got.chunks(bytes).zip(want.chunks(bytes)).enumerate() {
-            let (row, with) = (i % (rows.len() / 64), i >= rows.len() / 64);
-            assert_eq!(got, want, "{format} row {row}, importance {with}: {:?}", &rows[64 * row..][..64]);
+            let at = i % blocks * len;
+            let importance = (i >= blocks).then(|| &importance[at % COLS..][..len]);
+            assert_eq!(
+                got,
+                want,
+                "{format} row {} from {}, {importance:?}: {:?}",
+                at / COLS,
+                at % COLS,
+                &rows[at..at + len]
+            );
         }
     }
 }

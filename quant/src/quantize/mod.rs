@@ -1,8 +1,9 @@
 //! The algorithms that choose the numbers: [`encode`] rounds rows of f32 weights to packed rows of any format, and
 //! [`gptq`](gptq()) does so with a mind to what the layer's inputs are.
 //!
-//! The old formats (Q4_0 .. Q8_0) get the bytes that llama.cpp's quantizer gives them. The others are searched for the
-//! least weighted square error, by the weights that llama.cpp counts errors with.
+//! Rows get the bytes that llama.cpp's quantizer gives them, with and without importance, wherever weights and scales are
+//! finite there. Searches of our own had lower weighted errors, but the perplexity that comes of a difference so small is a
+//! coin's throw: the same codes are the only ones that are never worse.
 
 mod drift;
 mod factor;
