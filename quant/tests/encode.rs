@@ -150,11 +150,12 @@ fn weights_of_any_size_decode_to_finite_numbers() {
     let shapes: [fn(f32) -> f32; 5] =
         [|v| v, |v| v.abs(), |v| -v.abs(), |_| 1.0, |v| if v > 1.7 { 90.0 * v } else { v }];
     let importance: Vec<f32> = normal(256, 5).iter().map(|v| (v * 8.0).exp()).collect();
+    let huge: Vec<f32> = importance.iter().map(|v| (v * 1e38).min(f32::MAX)).collect();
     for format in Format::ALL.into_iter().filter(|f| !f.is_internal()) {
         for size in [1e-45f32, 1e-38, 1e-20, 1e-9, 1e-7, 1e-5, 1.0, 1e3, 1e6, 1e12, 1e30, 5e37] {
             for shape in shapes {
                 let x: Vec<f32> = normal(256, 4).iter().map(|v| (shape(*v) * size).clamp(f32::MIN, f32::MAX)).collect();
-                for importance in [None, Some(&importance[..])] {
+                for importance in [None, Some(&importance[..]), Some(&huge[..])] {
                     let y = decoded(format, &encoded(format, &x, 256, importance), 256);
                     assert!(y.iter().all(|y| y.is_finite()), "{format} at {size:e}: {y:?}");
                     let largest = x.iter().fold(0f32, |a, v| a.max(v.abs()));

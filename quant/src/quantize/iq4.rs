@@ -3,9 +3,7 @@
 use super::float::finite_f16;
 use super::kquants::{largest, mean_square, store_scales};
 use super::pack::put;
-use super::search::{
-    Found, Grid, Iq4, Lanes, clamp, nearest, reciprocal, scale, side_by_side, squares, sums, weighted,
-};
+use super::search::{Found, Grid, Iq4, Lanes, clamp, groups, nearest, reciprocal, scale, squares, sums, weighted};
 use crate::formats::Format;
 
 /// Blocks of IQ4_NL and groups of IQ4_XS that are searched side by side.
@@ -17,7 +15,7 @@ const GROUP: usize = 32;
 #[inline(always)]
 pub(super) fn encode_nl(row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     for (b, (x, out)) in row.chunks(SIDE * GROUP).zip(out.chunks_mut(SIDE * 18)).enumerate() {
-        let groups = side_by_side::<GROUP, SIDE>(x);
+        let groups = groups::<GROUP, SIDE>(x);
         let squares = squares(&groups);
         let w = match importance {
             None => squares,
@@ -39,7 +37,7 @@ pub(super) fn encode_nl(row: &[f32], importance: Option<&[f32]>, out: &mut [u8])
 #[inline(always)]
 pub(super) fn encode_xs(row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     for (b, (x, block)) in row.as_chunks().0.iter().zip(out.as_chunks_mut::<136>().0).enumerate() {
-        let groups = side_by_side::<GROUP, SIDE>(x);
+        let groups = groups::<GROUP, SIDE>(x);
         let w = match importance {
             None => squares(&groups),
             Some(all) => weighted(&all[SIDE * GROUP * b..][..x.len()], &groups, [2.0 * mean_square(x); SIDE]),

@@ -4,15 +4,13 @@
 use super::float::finite_f16;
 use super::pack::put;
 use super::search::{
-    FINE, Found, Integers, Lanes, Schedule, clamp, descended_scale, nearest, scale, scale_min, side_by_side, squares,
-    steps, sums, weighted,
+    FINE, Found, Integers, Lanes, Schedule, clamp, descended_scale, groups, nearest, scale, scale_min, side_by_side,
+    squares, steps, sums, weighted,
 };
 use crate::formats::{Format, f16_to_f32};
 
 /// Weights in a block.
 const BLOCK: usize = 256;
-/// Weights beyond this are cut to it: more than any format can hold, and small enough for sums of squares.
-const MOST: f32 = 3e8;
 /// A block whose scales are all smaller than this is one of zeros.
 const NOTHING: f32 = 1e-15;
 
@@ -21,14 +19,13 @@ const NOTHING: f32 = 1e-15;
 pub(super) fn encode(format: Format, row: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     for (b, (x, block)) in row.as_chunks::<BLOCK>().0.iter().zip(out.chunks_exact_mut(format.block_bytes())).enumerate()
     {
-        let x = x.map(|x| clamp(x, -MOST, MOST));
         let importance = importance.map(|all| &all[BLOCK * b..][..BLOCK]);
         match format {
-            Format::Q2_K => with_minimums::<16, 16>(format, 3, 15, &x, importance, block),
-            Format::Q4_K => with_minimums::<32, 8>(format, 15, 63, &x, importance, block),
-            Format::Q5_K => with_minimums::<32, 8>(format, 31, 63, &x, importance, block),
-            Format::Q3_K => q3_k(&x, importance, block),
-            _ => q6_k(&x, importance, block),
+            Format::Q2_K => with_minimums::<16, 16>(format, 3, 15, x, importance, block),
+            Format::Q4_K => with_minimums::<32, 8>(format, 15, 63, x, importance, block),
+            Format::Q5_K => with_minimums::<32, 8>(format, 31, 63, x, importance, block),
+            Format::Q3_K => q3_k(x, importance, block),
+            _ => q6_k(x, importance, block),
         }
     }
 }
@@ -54,7 +51,7 @@ fn with_minimums<const N: usize, const L: usize>(
     block: &mut [u8],
 ) {
     let (levels, top) = (f32::from(levels), f32::from(top));
-    let groups = side_by_side::<N, L>(x);
+    let groups = groups::<N, L>(x);
     let found;
     // Scales and minimums of the groups as a scale for each kind times small integers.
     let (d, small): ([u16; 2], [Lanes<L>; 2]);
@@ -161,7 +158,7 @@ pub(super) fn store(format: Format, block: &mut [u8], d: [u16; 2], small: &[(u8,
 /// Q3_K.
 #[inline(always)]
 fn q3_k(x: &[f32; BLOCK], importance: Option<&[f32]>, block: &mut [u8]) {
-    let groups = side_by_side::<16, 16>(x);
+    let groups = groups::<16, 16>(x);
     let (found, d, small);
     if let Some(importance) = importance {
         let w = weighted(importance, &groups, [2.0 * mean_square(x); 16]);
@@ -183,7 +180,7 @@ fn q3_k(x: &[f32; BLOCK], importance: Option<&[f32]>, block: &mut [u8]) {
 /// Q6_K.
 #[inline(always)]
 fn q6_k(x: &[f32; BLOCK], importance: Option<&[f32]>, block: &mut [u8]) {
-    let groups = side_by_side::<16, 16>(x);
+    let groups = groups::<16, 16>(x);
     let w = importance.map_or_else(|| squares(&groups), side_by_side);
     let found = scale::<Integers<-32, 31>, 16, 16>(&groups, &w);
     let most = largest(&found.scale);

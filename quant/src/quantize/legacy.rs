@@ -55,19 +55,14 @@ fn searched(format: Format, row: &[f32], importance: &[f32], out: &mut [u8]) {
     let mean = sum / row.len() as f32;
     let bytes = format.block_bytes();
     for (b, (x, out)) in row.chunks(SIDE * 32).zip(out.chunks_mut(SIDE * bytes)).enumerate() {
-        let groups = search::side_by_side::<32, SIDE>(x);
+        let groups = search::groups::<32, SIDE>(x);
         let w = search::weighted(&importance[SIDE * 32 * b..][..x.len()], &groups, [mean; SIDE]);
         let found = match format {
             Format::Q4_0 => search::scale::<Integers<-8, 7>, 32, SIDE>(&groups, &w),
             Format::Q5_0 => search::scale::<Integers<-16, 15>, 32, SIDE>(&groups, &w),
             _ => search::scale_min(((1 << bits) - 1) as f32, FINE, &groups, &w),
         };
-        for (k, (block, x)) in out.chunks_exact_mut(bytes).zip(x.as_chunks::<32>().0).enumerate() {
-            if !(found.scale[k].is_finite() && found.min[k].is_finite()) {
-                // Sums of squares of huge weights overflow; the plain way has none.
-                plain(format, x, block);
-                continue;
-            }
+        for (k, block) in out.chunks_exact_mut(bytes).enumerate() {
             let codes = std::array::from_fn(|i| found.codes[i][k] as i8);
             write(format, block, found.scale[k], has_min.then_some(found.min[k]), &codes);
         }

@@ -11,6 +11,9 @@ use crate::formats::IQ4_TABLE;
 /// A group whose weights are all smaller than this is one of zeros.
 const NOTHING: f32 = 1e-15;
 
+/// Weights beyond this are cut to it: more than any format can hold, and small enough for sums of squares.
+const MOST: f32 = 3e8;
+
 /// A number for each lane.
 pub(super) type Lanes<const L: usize> = [f32; L];
 
@@ -63,6 +66,12 @@ pub(super) fn side_by_side<const N: usize, const L: usize>(x: &[f32]) -> [Lanes<
         }
     }
     lanes
+}
+
+/// The weights of groups that lie one after another, side by side.
+#[inline(always)]
+pub(super) fn groups<const N: usize, const L: usize>(x: &[f32]) -> [Lanes<L>; N] {
+    side_by_side(x).map(|x| x.map(|x| clamp(x, -MOST, MOST)))
 }
 
 /// The sum of each lane.
