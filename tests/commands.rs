@@ -494,4 +494,32 @@ fn formats_are_chosen_to_a_size() {
     assert!(bits(&small) <= 8.0 && bits(&large) <= 9.0 && bits(&small) < bits(&large), "{small} {large}");
     let error = home.error(&["quantize", "tiny", "-o", &out, "--size", "20kB", "--calib", &text]);
     assert!(error.contains("does not fit"), "{error}");
+
+    // What is to be kept has its format whatever that costs; the others make do with the rest.
+    let kept = |more: &[&str]| {
+        let args = ["quantize", "tiny", "-o", &out, "--calib", &text, "--dry-run", "--json"];
+        home.json(&[&args[..], more].concat())
+    };
+    let formats = |json: &Value, part: &str, is: bool| -> Vec<String> {
+        let plan = json["plan"].as_array().unwrap().iter().map(|t| (t["name"].as_str().unwrap(), &t["to"]));
+        plan.filter(|(name, to)| *to != "F32" && name.contains(part) == is).map(|(_, to)| to.to_string()).collect()
+    };
+    let keep = ["--keep", "blk.1.attn_output=Q5_0", "--keep", "attn_=F16"];
+    let json = kept(&[&["--bpw", "10"][..], &keep].concat());
+    assert_eq!(formats(&json, "blk.1.attn_output", true), ["\"Q5_0\""], "the first that fits decides");
+    assert_eq!(formats(&json, "attn_", true).iter().filter(|to| *to == "\"F16\"").count(), 7, "{json}");
+    assert!(formats(&json, "attn_", false).iter().any(|to| to != "\"F16\""), "{json}");
+    assert!(bits(&json) <= 10.0 && bits(&json) > 9.0, "{json}");
+    // The same by a size, which counts all of the file.
+    let whole = kept(&["--size", "150kB", "--keep", "attn_=F16"]);
+    assert!(formats(&whole, "attn_", true).iter().all(|to| to == "\"F16\""), "{whole}");
+    home.ok(&["quantize", "tiny", "-o", &out, "--calib", &text, "--size", "150kB", "--keep", "attn_=F16"]);
+    let length = std::fs::metadata(&out).unwrap().len();
+    assert!(length <= 150_000 && length > whole["bytes"].as_u64().unwrap(), "{length} {whole}");
+    // All kept: nothing is left to choose (rows of 112 hold no blocks), and what is kept may alone be too much.
+    let all = kept(&["--bpw", "10", "--keep", ".*=Q8_0"]);
+    assert!(formats(&all, "ffn_down", false).iter().all(|to| to == "\"Q8_0\""), "{all}");
+    let error = home.error(&["quantize", "tiny", "-o", &out, "--bpw", "5", "--calib", &text, "--keep", ".*=F16"]);
+    assert!(error.contains("does not fit, 16.05 is") && error.contains("--keep"), "{error}");
+    assert!(!home.path("out.gguf.unfinished").exists());
 }

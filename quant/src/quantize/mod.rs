@@ -37,6 +37,7 @@ pub use hessian::Hessian;
 pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
 pub use round::round_groups;
+use search::MOST_IMPORTANT;
 use std::sync::OnceLock;
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
@@ -74,6 +75,16 @@ pub fn encode_with(isa: Isa, format: Format, weights: &[f32], cols: usize, impor
         "importance of {:?} columns of {cols}",
         importance.map(<[f32]>::len)
     );
+    // Only ratios count, which a power of two leaves as they are.
+    let scaled: Vec<f32>;
+    let importance = match importance {
+        Some(huge) if huge.iter().any(|i| *i > MOST_IMPORTANT) => {
+            let factor = MOST_IMPORTANT / f32::exp2(127.0) / 2.0;
+            scaled = huge.iter().map(|i| i.min(f32::MAX) * factor).collect();
+            Some(&scaled[..])
+        }
+        other => other,
+    };
     let row_encoder = row_encoder(isa);
     for (row, out) in weights.chunks_exact(cols).zip(out.chunks_exact_mut(bytes)) {
         row_encoder(format, row, importance, out);

@@ -13,6 +13,8 @@ const NOTHING: f32 = 1e-15;
 
 /// Weights beyond this are cut to it: more than any format can hold, and small enough for sums of squares.
 const MOST: f32 = 3e8;
+/// Importance is not above this: then no sum overflows.
+pub(super) const MOST_IMPORTANT: f32 = (1u64 << 50) as f32;
 
 /// A number for each lane.
 pub(super) type Lanes<const L: usize> = [f32; L];
@@ -103,7 +105,7 @@ pub(super) fn weighted<const N: usize, const L: usize>(
     let mut w = side_by_side::<N, L>(importance);
     for i in 0..N {
         for k in 0..L {
-            w[i][k] *= (spread[k] + x[i][k] * x[i][k]).sqrt();
+            w[i][k] *= (spread[k].min(MOST * MOST) + x[i][k] * x[i][k]).sqrt();
         }
     }
     w
@@ -238,10 +240,6 @@ pub(super) fn scale<G: Grid, const N: usize, const L: usize>(x: &[Lanes<L>; N], 
             found.scale[k] = 0.0;
             // NaN is rounded to the least level, which is what the reference leaves here.
             chosen[k] = f32::NAN;
-        } else if !found.scale[k].is_finite() {
-            // Sums beyond the largest number: the errors of this group cannot be compared.
-            found.scale[k] = largest[k] / G::LOW;
-            chosen[k] = G::first(largest[k]);
         }
     }
     for i in 0..N {
@@ -417,8 +415,6 @@ pub(super) fn descended_scale<const N: usize, const L: usize>(
         if largest[k].abs() < NOTHING {
             scale[k] = 0.0;
             set_lane(&mut q, k, low);
-        } else if !scale[k].is_finite() {
-            scale[k] = largest[k] / low;
         }
     }
     Found { scale, min: [0.0; L], codes: q }
@@ -475,8 +471,6 @@ pub(super) fn steps<const N: usize, const L: usize>(top: f32, x: &[Lanes<L>; N],
         if max[k] < NOTHING {
             scale[k] = 0.0;
             set_lane(&mut q, k, 0.0);
-        } else if !scale[k].is_finite() {
-            scale[k] = max[k] / top;
         }
     }
     Found { scale, min: [0.0; L], codes: q }

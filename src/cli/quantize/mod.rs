@@ -369,14 +369,16 @@ fn fitted(
     )?;
     drop(bar);
     let choices: Vec<_> = measured.iter().map(|m| m.choices.clone()).collect();
+    let free_choice = args.keep.is_empty() && args.output_type.is_none() && args.token_embedding_type.is_none();
+    let with = if free_choice { "" } else { " with what --keep and its like ask for" };
     let loss = fit(plan, &choices, budget).map_err(|least| match args.size {
         Some(wanted) => {
             let least = least + plan.overhead();
-            anyhow!("--size {}: it does not fit, {} is the smallest possible", size(wanted), size(least))
+            anyhow!("--size {}: it does not fit, {} is the smallest possible{with}", size(wanted), size(least))
         }
         None => {
             let least = least as f64 * 8.0 / parameters as f64;
-            anyhow!("--bpw: it does not fit, {least:.2} is the smallest possible")
+            anyhow!("--bpw: it does not fit, {least:.2} is the smallest possible{with}")
         }
     })?;
     if args.imatrix.is_none() {
