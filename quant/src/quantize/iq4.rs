@@ -1,9 +1,10 @@
 //! IQ4_NL and IQ4_XS, as ggml's reference quantizer encodes them.
 
 use super::float::finite_f16;
+use super::groups::{Lanes, clamp, groups, nearest, reciprocal, squares, sums, weighted};
 use super::kquants::{largest, mean_square, store_scales};
 use super::pack::put;
-use super::search::{Found, Grid, Iq4, Lanes, clamp, groups, nearest, reciprocal, scale, squares, sums, weighted};
+use super::search::{Found, Grid, Iq4, scale};
 use crate::formats::Format;
 
 /// Blocks of IQ4_NL and groups of IQ4_XS that are searched side by side.

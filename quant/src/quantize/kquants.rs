@@ -2,11 +2,9 @@
 //! small integers that stand for these together with the block's own scales, then the codes nearest to the weights.
 
 use super::float::finite_f16;
+use super::groups::{Lanes, clamp, groups, nearest, side_by_side, squares, sums, weighted};
 use super::pack::put;
-use super::search::{
-    FINE, Found, Integers, Lanes, Schedule, clamp, descended_scale, groups, nearest, scale, scale_min, side_by_side,
-    squares, steps, sums, weighted,
-};
+use super::search::{FINE, Found, Integers, Schedule, descended_scale, scale, scale_min, steps};
 use crate::formats::{Format, f16_to_f32};
 
 /// Weights in a block.
@@ -21,9 +19,9 @@ pub(super) fn encode(format: Format, row: &[f32], importance: Option<&[f32]>, ou
     {
         let importance = importance.map(|all| &all[BLOCK * b..][..BLOCK]);
         match format {
-            Format::Q2_K => with_minimums::<16, 16>(format, 3, 15, x, importance, block),
-            Format::Q4_K => with_minimums::<32, 8>(format, 15, 63, x, importance, block),
-            Format::Q5_K => with_minimums::<32, 8>(format, 31, 63, x, importance, block),
+            Format::Q2_K => with_minimums::<16, 16>(Format::Q2_K, 3, 15, x, importance, block),
+            Format::Q4_K => with_minimums::<32, 8>(Format::Q4_K, 15, 63, x, importance, block),
+            Format::Q5_K => with_minimums::<32, 8>(Format::Q5_K, 31, 63, x, importance, block),
             Format::Q3_K => q3_k(x, importance, block),
             _ => q6_k(x, importance, block),
         }
@@ -65,25 +63,14 @@ fn with_minimums<const N: usize, const L: usize>(
         d = whole.scale.map(finite_f16);
         small = [0, 1].map(|kind| whole.codes.map(|codes| codes[kind]));
     } else {
-        found = match format {
+        let squared = |from, steps| Schedule { from, by: 0.1, steps, absolute: false };
+        let (schedule, w) = match format {
             // Errors count by their size there, more for large weights.
-            Format::Q2_K => {
-                let w = groups.map(|x| x.map(f32::abs));
-                scale_min(levels, Schedule { from: -0.5, by: 0.1, steps: 15, absolute: true }, &groups, &w)
-            }
-            Format::Q4_K => scale_min(
-                levels,
-                Schedule { from: -1.0, by: 0.1, steps: 20, absolute: false },
-                &groups,
-                &plus_deviation(&groups),
-            ),
-            _ => scale_min(
-                levels,
-                Schedule { from: -0.5, by: 0.1, steps: 15, absolute: false },
-                &groups,
-                &plus_deviation(&groups),
-            ),
+            Format::Q2_K => (Schedule { absolute: true, ..squared(-0.5, 15) }, groups.map(|x| x.map(f32::abs))),
+            Format::Q4_K => (squared(-1.0, 20), plus_deviation(&groups)),
+            _ => (squared(-0.5, 15), plus_deviation(&groups)),
         };
+        found = scale_min(levels, schedule, &groups, &w);
         let size = found.size();
         let most = size.map(|size| size.iter().fold(0f32, |most, &size| if size > most { size } else { most }));
         d = most.map(|most| finite_f16(most / top));

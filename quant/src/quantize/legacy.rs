@@ -1,6 +1,7 @@
 //! Q4_0 Q4_1 Q5_0 Q5_1 Q8_0: the bytes that llama.cpp's quantizer writes, with and without importance.
 
 use super::float::finite_f16;
+use super::groups::{groups, weighted};
 use super::pack::put;
 use super::search::{self, FINE, Integers};
 use crate::formats::Format;
@@ -55,8 +56,8 @@ fn searched(format: Format, row: &[f32], importance: &[f32], out: &mut [u8]) {
     let mean = sum / row.len() as f32;
     let bytes = format.block_bytes();
     for (b, (x, out)) in row.chunks(SIDE * 32).zip(out.chunks_mut(SIDE * bytes)).enumerate() {
-        let groups = search::groups::<32, SIDE>(x);
-        let w = search::weighted(&importance[SIDE * 32 * b..][..x.len()], &groups, [mean; SIDE]);
+        let groups = groups::<32, SIDE>(x);
+        let w = weighted(&importance[SIDE * 32 * b..][..x.len()], &groups, [mean; SIDE]);
         let found = match format {
             Format::Q4_0 => search::scale::<Integers<-8, 7>, 32, SIDE>(&groups, &w),
             Format::Q5_0 => search::scale::<Integers<-16, 15>, 32, SIDE>(&groups, &w),

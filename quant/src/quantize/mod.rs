@@ -10,6 +10,7 @@ mod factor;
 mod float;
 mod gptq;
 mod grid;
+mod groups;
 mod hessian;
 mod iq4;
 mod kquants;
@@ -33,11 +34,11 @@ use crate::kernels::lanes::compiled;
 pub use drift::{Drift, Seen};
 pub use gptq::{Fit, Order, Variant};
 pub use grid::Grid;
+use groups::MOST_IMPORTANT;
 pub use hessian::Hessian;
 pub use layer::{Codes, GptqError, GptqOptions, Method, Quantized, gptq};
 pub use pack::{Levels, put_codes};
 pub use round::round_groups;
-use search::MOST_IMPORTANT;
 use std::sync::OnceLock;
 
 /// Encodes whole rows of `cols` weights as packed rows of `format`, one after another.
