@@ -16,7 +16,7 @@ use rushlight_models::families::Role;
 use rushlight_models::model::{Layer, Linear, Model, Weight};
 use rushlight_models::tokenizer::Tokenizer;
 use rushlight_quant::formats::Format;
-use rushlight_quant::quantize::{Drift, encode};
+use rushlight_quant::quantize::{Seen, encode};
 use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -181,11 +181,12 @@ fn every_step_sees_what_its_outputs_lack() {
     let scratch = Scratch::open(&dir.path().join("out"), &Fingerprint::default()).unwrap();
     let mut lacking: HashMap<String, f64> = HashMap::new();
     let mut others = 0.0;
-    run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| {
-        let sum = |drift: &Drift| drift.mean_squares().iter().sum::<f64>();
-        if let (Some((drift, 0)), Some((held_out, 0))) = (job.seen.drift, job.held_out.unwrap().drift) {
-            let (n, m) = (job.seen.hessian.rows() as f64, job.held_out.unwrap().hessian.rows() as f64);
-            lacking.insert(job.target.name.clone(), (sum(drift) * n + sum(held_out) * m) / (n + m));
+    run(&model, 2, &scratch, &mut |cpu: &Cpu, job: &Job<'_>| {
+        let sum = |seen: Seen<'_>| seen.lacking(cpu, job.weights).iter().sum::<f64>();
+        let held_out = job.held_out.unwrap();
+        if let (Some((_, 0)), Some((_, 0))) = (job.seen.drift, held_out.drift) {
+            let (n, m) = (job.seen.hessian.rows() as f64, held_out.hessian.rows() as f64);
+            lacking.insert(job.target.name.clone(), (sum(job.seen) * n + sum(held_out) * m) / (n + m));
             others += sum(held_out);
         }
         Ok(rounded(job.target.format, job.weights, job.linear.weight.cols()))

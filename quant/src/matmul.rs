@@ -247,8 +247,9 @@ impl Cpu {
                 (Phase::Prompt, half) => {
                     // What asks to be met finely is not rounded to bf16.
                     let half = half.filter(|_| !weights.iter().any(|w| w.fine));
+                    let rounded_floats = weights.iter().any(|w| self.rounds_floats(w));
                     match &half {
-                        Some(half) if coded => rounded.round_half(self, half, x, n, cols),
+                        Some(half) if coded || rounded_floats => rounded.round_half(self, half, x, n, cols),
                         None if coded => {
                             let rounding = match self.fine() {
                                 true => Rounding::Twice,
@@ -277,6 +278,11 @@ impl Cpu {
     /// Whether activations and weights of block formats meet as bf16 in prompts.
     pub fn prompts_in_bf16(&self) -> bool {
         self.half().is_some()
+    }
+
+    /// Whether these weights, which are floats, meet many rows as bf16 where that is faster.
+    fn rounds_floats(&self, w: &Matrix<'_>) -> bool {
+        self.coarse_floats && matches!(w.format, Format::F32 | Format::F16 | Format::BF16) && w.cols.is_multiple_of(32)
     }
 
     /// The kernels for bf16, where they are to be used.
@@ -359,15 +365,16 @@ impl Cpu {
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
+                let as_floats = !w.format.is_coded() && !(half.is_some() && self.rounds_floats(w));
                 match half {
-                    _ if !w.format.is_coded() => panels.unpack_floats(self, w, &rows),
+                    _ if as_floats => panels.unpack_floats(self, w, &rows),
                     Some(half) => panels.unpack_half(&half, w, &rows),
                     None => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
                     match half {
-                        _ if !w.format.is_coded() => {
+                        _ if as_floats => {
                             let shape = GemmShape {
                                 m: end - start,
                                 n: width.next_multiple_of(PANEL),

@@ -15,7 +15,12 @@ pub trait Observer {
     /// products are not computed, nor what would follow.
     fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()>;
 
-    /// `ys` are the products of `x` and the weights of `layers`. `Break` ends the pass here.
+    /// Whether the products that [`Observer::input`] has just heard of are to be left out: zeros take their place.
+    fn leaves_out(&self) -> bool {
+        false
+    }
+
+    /// `ys` are the products of `x` and the weights of `layers`, with the biases. `Break` ends the pass here.
     fn output(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
         let _ = (cpu, x, layers, ys);
         ControlFlow::Continue(())
@@ -95,7 +100,18 @@ impl<O: Observer> Backend for Capture<'_, O> {
     fn linears<const N: usize>(&mut self, x: &Activations, layers: [&Linear; N]) -> Result<[Activations; N]> {
         let seen = self.observer.input(self.backend.cpu(), x, &layers);
         self.goes_on(seen)?;
-        let ys = self.backend.linears(x, layers)?;
+        let ys = if self.observer.leaves_out() {
+            layers.map(|l| {
+                let mut y = self.backend.new_tensor(x.rows(), l.weight.rows());
+                y.fill(0.0);
+                if let Some(bias) = &l.bias {
+                    self.backend.cpu().add_bias(&mut y, &bias.values);
+                }
+                y
+            })
+        } else {
+            self.backend.linears(x, layers)?
+        };
         let seen = self.observer.output(self.backend.cpu(), x, &layers, &ys);
         self.goes_on(seen)?;
         Ok(ys)

@@ -150,8 +150,8 @@ fn run(
         let (name, format) = (&job.target.name, job.target.format);
         let done = gptq(cpu, job.weights, job.rows.len(), job.seen, job.held_out, grid(format), &options.gptq)
             .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
-        let (got, rounded) = done.held_out.unwrap_or((done.objective, done.rounded));
-        tracing::info!("{name}: {:.1} % of the error of rounding", 100.0 * got / rounded.max(f64::MIN_POSITIVE));
+        let share = 100.0 * done.objective / done.rounded.max(f64::MIN_POSITIVE);
+        tracing::info!("{name}: {share:.1} % of the error of rounding; {:?}, {} refined", done.methods, done.refined);
         match done.codes {
             Codes::Blocks(packed) => Ok(packed),
             codes @ Codes::Groups { .. } => match &job.target.groups {

@@ -7,14 +7,15 @@
 //! Running anew is cheap: what was quantized is multiplied by the fast kernels, and nothing wide has to be kept.
 //!
 //! Beside them lie the hidden states of the unquantized model. They go through the same layers with the weights as they
-//! were, so that each step also sees what its outputs should be, and can make good part of what was lost before it.
+//! were, so that each step also sees what its inputs or outputs should be, and can make good part of what was lost before
+//! it. In the last step they go on to the layer's end, so that no pass of their own is needed for that.
 //!
 //! Every finished tensor and every finished layer's hidden states are in the scratch folder before the next begins: a
 //! run that is killed goes on there, and since nothing depends on time or threads, with the same result.
 
 use super::capture::{Capture, Observer};
 use super::groups::Groups;
-use super::step::{Step, joined};
+use super::step::{Count, Step, joined};
 use super::text;
 use super::work::Work;
 use crate::engine::cpu::{Activations, CpuBackend};
@@ -140,13 +141,16 @@ impl Run<'_> {
     /// How many rows may go through a layer together.
     fn rows(&self, longest: usize) -> Result<usize> {
         let linears = || self.model.linears();
-        // While a matrix is quantized: two Hessians and a factor (halves of square matrices, f32 and f64), and the weights
-        // with their errors, codes and packed rows in several forms.
+        // While a matrix is quantized: two Hessians and a factor (halves of square matrices, f32 and f64), what outputs
+        // lack, and the weights with their errors, codes and packed rows in several forms.
         let matrix = |l: &Linear| {
             let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
-            // Drifts of it and of a neighbour in the same step.
-            let drifts = if l.id == self.model.head.id { 0 } else { 16 * rows * cols };
-            8 * cols * cols + drifts + 32 * (rows * cols).min(SLICE as u64) + 1024 * cols
+            let drifts = match (l.id == self.model.head.id, rows < cols || joined(&self.model, l.layer).contains(&l.id)) {
+                (true, _) => 0,
+                (_, true) => 8 * rows * cols,
+                _ => 12 * cols * cols,
+            };
+            8 * cols * cols + drifts + 40 * (rows * cols).min(SLICE as u64) + 1024 * cols
         };
         let wanted = linears().filter(|l| self.targets.contains_key(&l.id));
         let fixed = wanted.map(matrix).max().unwrap_or(0) + (64 << 20);
@@ -212,27 +216,22 @@ impl Run<'_> {
             self.take(id)?;
         }
         let (input, wanted) = (map(&self.hidden(i))?, map(&self.original(i))?);
-        for step in 0.. {
-            let mut observer = Step::new(step, self.targets, joined(&self.model, i));
-            if !self.step(backend, original, chunks, i, (&input, &wanted), &mut observer, work)? {
-                break;
-            }
-            for id in std::mem::take(&mut observer.ids) {
+        let steps = self.steps(backend, original, i)?;
+        for step in 0..steps {
+            let mut observer = Step::new(step, step + 1 == steps, self.targets, joined(&self.model, i));
+            self.step(backend, original, chunks, i, (&input, &wanted), &mut observer, work)?;
+            for id in observer.ids.clone() {
                 self.quantize(backend.cpu(), id, &observer, quantize, work)?;
             }
         }
-        // The unquantized states first: a run goes on where the others are.
-        for (model, input, path) in
-            [(original, &wanted, self.original(i + 1)), (&self.model, &input, self.hidden(i + 1))]
-        {
-            let (mut out, mut at) = (AtomicFile::create(&path)?, 0);
-            for chunk in chunks {
-                let (y, rows) = self.pass(backend, model, chunk, i, (input, &mut at), &mut ())?;
-                put(&mut out, &y.context("a pass that nothing ended has no end")?)?;
-                work.ran(work.steps() - 1, rows);
-            }
-            out.commit()?;
+        let (mut out, mut at) = (AtomicFile::create(&self.hidden(i + 1))?, 0);
+        for chunk in chunks {
+            let (y, rows) = self.pass(backend, &self.model, chunk, i, (&input, &mut at), &mut ())?;
+            put(&mut out, &y.context("a pass that nothing ended has no end")?)?;
+            work.ran(work.steps() - 1, rows);
         }
+        // Those of the unquantized model are there since the last step: a run goes on where both are.
+        out.commit()?;
         drop((input, wanted));
         for linear in self.model.linears_mut().filter(|l| l.layer == i) {
             linear.replacement = None;
@@ -245,7 +244,23 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Shows `observer` its step of layer `i`, of both models; whether there is such a step.
+    /// Calls for products in layer `i`.
+    fn steps(&self, backend: &mut CpuBackend, original: &Model, i: usize) -> Result<usize> {
+        let ids = &self.sequences[0][..1];
+        let sequence = Sequence { slot: 0, start: 0, len: 1, outline: original.outline(ids) };
+        let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
+        let mut x = backend.new_tensor(1, original.spec.hidden_size);
+        x.fill(1.0);
+        let mut count = Count::default();
+        Capture::layerwise(backend, &mut count).run(|b| {
+            b.begin(original, &batch)?;
+            decoder::layer(original, b, i, x)
+        })?;
+        Ok(count.0)
+    }
+
+    /// Shows `observer` its step of layer `i`, of both models. In the last step the unquantized one goes on, and what
+    /// comes out is kept.
     fn step(
         &self,
         backend: &mut CpuBackend,
@@ -255,22 +270,25 @@ impl Run<'_> {
         (input, wanted): (&Bytes, &Bytes),
         observer: &mut Step<'_>,
         work: &mut Work<'_>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let (mut at, mut at_wanted) = (0, 0);
+        let mut out = if observer.last { Some(AtomicFile::create(&self.original(i + 1))?) } else { None };
         for chunk in chunks {
-            observer.begin(chunk.start, &self.sequences[chunk.clone()], Some(&self.model));
-            let (y, _) = self.pass(backend, original, chunk, i, (wanted, &mut at_wanted), observer)?;
-            if y.is_some() {
-                return Ok(false);
+            let sequences = &self.sequences[chunk.clone()];
+            observer.begin(chunk.start, sequences, Some(&self.model));
+            let (y, rows) = self.pass(backend, original, chunk, i, (wanted, &mut at_wanted), observer)?;
+            if let Some(out) = &mut out {
+                put(out, &y.context("a pass that nothing ended has no end")?)?;
             }
-            if observer.known {
+            if !observer.known {
+                observer.begin(chunk.start, sequences, None);
+                self.pass(backend, &self.model, chunk, i, (input, &mut at), observer)?;
+            } else if !observer.last {
                 break;
             }
-            observer.begin(chunk.start, &self.sequences[chunk.clone()], None);
-            let (_, rows) = self.pass(backend, &self.model, chunk, i, (input, &mut at), observer)?;
-            work.ran(observer.step, 2 * rows);
+            work.ran(observer.step, rows);
         }
-        Ok(true)
+        out.map_or(Ok(()), |out| Ok(out.commit()?))
     }
 
     /// Runs the next hidden states of `input` through layer `i` of `model`, or as far as `observer` lets them, and says
@@ -307,7 +325,7 @@ impl Run<'_> {
             return Ok(());
         }
         let input = map(&self.hidden(self.model.layers.len()))?;
-        let mut observer = Step::new(0, self.targets, Vec::new());
+        let mut observer = Step::new(0, false, self.targets, Vec::new());
         let mut at = 0;
         for chunk in chunks {
             let x = self.load(backend, &input, &mut at, self.sequences[chunk.clone()].iter().map(Vec::len).sum())?;
@@ -384,7 +402,7 @@ impl Run<'_> {
             if weights.iter().any(|w| !w.is_finite()) {
                 bail!("{} holds weights that are not numbers (NaN or infinite): the model is damaged", target.name);
             }
-            let drifts = observer.drifts.get(&id);
+            let drifts = observer.drift(id);
             let seen = Seen { hessian: most, drift: drifts.map(|(drift, _)| (drift, start)) };
             let held_out = Seen { hessian: others, drift: drifts.map(|(_, drift)| (drift, start)) };
             let held_out = (others.rows() > 0).then_some(held_out);

@@ -30,10 +30,36 @@ pub(super) fn joined(model: &Model, i: usize) -> Vec<usize> {
     ids
 }
 
-/// Collects what goes into the linear layers of one step of a layer, and what comes out, and ends the pass there.
+/// Counts the calls for products.
+#[derive(Default)]
+pub(super) struct Count(pub usize);
+
+impl Observer for Count {
+    fn input(&mut self, _: &Cpu, _: &Activations, _: &[&Linear]) -> ControlFlow<()> {
+        self.0 += 1;
+        ControlFlow::Continue(())
+    }
+}
+
+/// How what a step's outputs lack is learned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// From what the unquantized model's outputs are: one call for each layer.
+    Outputs,
+    /// The same, where the output is added to the residual stream: from the stream behind it.
+    Stream,
+    /// From what goes into the unquantized layers, which is the same for all of the step: least work where outputs are
+    /// many.
+    Inputs,
+}
+
+/// Collects what goes into the linear layers of one step of a layer, and what their outputs should be, and ends the pass
+/// there. No products are made for it but the unquantized model's.
 pub(super) struct Step<'a> {
     /// Which call for products it waits for.
     pub step: usize,
+    /// Whether the unquantized model goes on to the layer's end.
+    pub last: bool,
     targets: &'a HashMap<usize, Target>,
     /// See [`joined`].
     joined: Vec<usize>,
@@ -49,20 +75,22 @@ pub(super) struct Step<'a> {
     pub ids: Vec<usize>,
     /// What goes into them: most sequences, and those that are held out.
     pub inputs: Option<(Hessian, Hessian)>,
-    /// What comes out of the unquantized model for this chunk, for each of them.
-    outputs: Vec<Vec<f32>>,
-    /// What the outputs lack, likewise.
-    pub drifts: HashMap<usize, (Drift, Drift)>,
-    /// Inputs of a product that is about to be added to the stream.
+    way: Way,
+    /// What comes out of the unquantized model for this chunk, for each of them, or what goes in.
+    wanted: Vec<Vec<f32>>,
+    /// What the outputs lack, likewise for each of them, or all together.
+    drifts: Vec<Option<(Drift, Drift)>>,
+    /// What a product that is about to be added to the stream is of.
     waiting: Option<Vec<f32>>,
     /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
     pub known: bool,
 }
 
 impl<'a> Step<'a> {
-    pub fn new(step: usize, targets: &'a HashMap<usize, Target>, joined: Vec<usize>) -> Self {
+    pub fn new(step: usize, last: bool, targets: &'a HashMap<usize, Target>, joined: Vec<usize>) -> Self {
         Step {
             step,
+            last,
             targets,
             joined,
             calls: 0,
@@ -71,8 +99,9 @@ impl<'a> Step<'a> {
             done: None,
             ids: Vec::new(),
             inputs: None,
-            outputs: Vec::new(),
-            drifts: HashMap::new(),
+            way: Way::Outputs,
+            wanted: Vec::new(),
+            drifts: Vec::new(),
             waiting: None,
             known: false,
         }
@@ -90,22 +119,53 @@ impl<'a> Step<'a> {
         self.rows = sequences.iter().map(range).collect();
     }
 
-    /// Adds what the outputs `ys` of the layers lack beside their inputs.
-    fn drift(&mut self, cpu: &Cpu, x: &[f32], ys: &[&[f32]]) {
-        let n = self.rows.last().map_or(0, |rows| rows.end);
-        for ((id, wanted), y) in self.ids.iter().zip(&mut self.outputs).zip(ys) {
-            if !self.targets.contains_key(id) {
+    /// What the outputs of `id` lack: on most sequences, and on those held out.
+    pub fn drift(&self, id: usize) -> Option<(&Drift, &Drift)> {
+        let at = match self.way {
+            Way::Inputs => 0,
+            _ => self.ids.iter().position(|i| *i == id)?,
+        };
+        self.drifts.get(at)?.as_ref().map(|(most, others)| (most, others))
+    }
+
+    /// Takes off `wanted` what the quantized model has in its place, and keeps how the rest goes along with the inputs.
+    fn drift_from(&mut self, cpu: &Cpu, x: &[f32], got: &[&[f32]]) {
+        let n = self.rows.last().map_or(0, |rows| rows.end).max(1);
+        let cols = x.len() / n;
+        let inputs = self.split(x, cols);
+        self.drifts.resize_with(got.len(), || None);
+        for (i, got) in got.iter().enumerate() {
+            if self.way != Way::Inputs && !self.targets.contains_key(&self.ids[i]) {
                 continue;
             }
-            wanted.iter_mut().zip(*y).for_each(|(w, y)| *w -= y);
-            let (height, cols) = (y.len() / n, x.len() / n);
-            let (most, others) =
-                self.drifts.entry(*id).or_insert_with(|| (Drift::new(height, cols), Drift::new(height, cols)));
-            for (i, rows) in self.rows.iter().enumerate() {
-                let into = if is_held_out(self.first + i) { &mut *others } else { &mut *most };
-                into.add(cpu, &wanted[rows.start * height..rows.end * height], &x[rows.start * cols..rows.end * cols]);
-            }
+            let mut less = std::mem::take(&mut self.wanted[i]);
+            less.iter_mut().zip(*got).for_each(|(w, y)| *w -= y);
+            let height = less.len() / n;
+            let less = self.split(&less, height);
+            let new = || match self.way {
+                Way::Inputs => Drift::of_inputs(cols).coarse(),
+                _ => Drift::of_outputs(height, cols).coarse(),
+            };
+            let (most, others) = self.drifts[i].get_or_insert_with(|| (new(), new()));
+            most.add(cpu, &less.0, &inputs.0);
+            others.add(cpu, &less.1, &inputs.1);
         }
+    }
+
+    /// The rows of most sequences, and those of the ones held out.
+    fn split(&self, x: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
+        let (mut most, mut others) = (Vec::with_capacity(x.len()), Vec::new());
+        for (i, rows) in self.rows.iter().enumerate() {
+            let into = if is_held_out(self.first + i) { &mut others } else { &mut most };
+            into.extend_from_slice(&x[rows.start * width..rows.end * width]);
+        }
+        (most, others)
+    }
+
+    /// Where the unquantized model has shown what is wanted of it.
+    fn shown(&mut self, wanted: Vec<Vec<f32>>) -> ControlFlow<()> {
+        self.wanted = wanted;
+        if self.last { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     }
 }
 
@@ -117,48 +177,67 @@ fn is_held_out(i: usize) -> bool {
 impl Observer for Step<'_> {
     fn input(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()> {
         self.calls += 1;
-        if self.calls <= self.step {
+        if self.calls != self.step + 1 {
             return ControlFlow::Continue(());
         }
         self.ids = layers.iter().map(|l| l.id).collect();
+        let cols = x.len() / x.rows().max(1);
         if let Some(done) = &self.done {
             self.known = layers.iter().all(|l| done.contains(&l.id) || !self.targets.contains_key(&l.id));
-            return if self.known { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
+            let rows: usize = layers.iter().filter(|l| self.targets.contains_key(&l.id)).map(|l| l.weight.rows()).sum();
+            self.way = match layers {
+                [layer] if self.joined.contains(&layer.id) => Way::Stream,
+                _ if rows < cols => Way::Outputs,
+                _ => Way::Inputs,
+            };
+            return match (self.known, self.way) {
+                (true, _) => self.shown(Vec::new()),
+                (false, Way::Inputs) => self.shown(vec![x.to_vec()]),
+                (false, _) => ControlFlow::Continue(()),
+            };
         }
-        let cols = x.len() / x.rows();
-        let (hessian, held_out) = self.inputs.get_or_insert_with(|| (Hessian::new(cols), Hessian::new(cols)));
-        for (i, rows) in self.rows.iter().enumerate() {
-            let into = if is_held_out(self.first + i) { &mut *held_out } else { &mut *hessian };
-            into.add(cpu, &x[rows.start * cols..rows.end * cols]);
+        let (x_most, x_others) = self.split(x, cols);
+        let (most, others) = self.inputs.get_or_insert_with(|| (Hessian::coarse(cols), Hessian::coarse(cols)));
+        most.add(cpu, &x_most);
+        others.add(cpu, &x_others);
+        // The head comes without the other model's numbers: it makes nothing good.
+        if self.wanted.is_empty() {
+            return ControlFlow::Break(());
         }
-        // The head comes without the other model's outputs: it makes nothing good.
-        if self.outputs.is_empty() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.way != Way::Inputs {
+            return ControlFlow::Continue(());
+        }
+        self.drift_from(cpu, x, &[x]);
+        ControlFlow::Break(())
     }
 
-    fn output(&mut self, cpu: &Cpu, x: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
-        if self.calls <= self.step {
+    fn leaves_out(&self) -> bool {
+        self.done.is_none() && self.calls == self.step + 1
+    }
+
+    fn output(&mut self, cpu: &Cpu, x: &Activations, _: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
+        if self.calls != self.step + 1 || self.known || self.way == Way::Inputs {
             return ControlFlow::Continue(());
         }
-        if let ([layer], [_]) = (layers, ys)
-            && self.joined.contains(&layer.id)
-        {
-            self.waiting = Some(x.to_vec());
+        if self.way == Way::Stream {
+            // Of the unquantized model only the sum is wanted.
+            self.waiting = Some(if self.done.is_some() { Vec::new() } else { x.to_vec() });
             return ControlFlow::Continue(());
+        }
+        if self.done.is_some() {
+            return self.shown(ys.iter().map(|y| y.to_vec()).collect());
         }
         let ys: Vec<&[f32]> = ys.iter().map(|y| &y[..]).collect();
-        match self.done {
-            Some(_) => self.outputs = ys.iter().map(|y| y.to_vec()).collect(),
-            None => self.drift(cpu, x, &ys),
-        }
+        self.drift_from(cpu, x, &ys);
         ControlFlow::Break(())
     }
 
     fn sum(&mut self, cpu: &Cpu, sum: &Activations) -> ControlFlow<()> {
         let Some(x) = self.waiting.take() else { return ControlFlow::Continue(()) };
-        match self.done {
-            Some(_) => self.outputs = vec![sum.to_vec()],
-            None => self.drift(cpu, &x, &[sum]),
+        if self.done.is_some() {
+            return self.shown(vec![sum.to_vec()]);
         }
+        self.drift_from(cpu, &x, &[sum]);
         ControlFlow::Break(())
     }
 }

@@ -3,6 +3,9 @@
 use super::layers::{Run, State};
 use rushlight_models::model::Linear;
 
+/// What quantizing a weight costs, in products for each column.
+const FOR_WEIGHTS: u64 = 8;
+
 /// Counts the work, so that the time left can be told: in products of two numbers, by what each kind costs.
 pub(super) struct Work<'a> {
     progress: &'a mut dyn FnMut(State),
@@ -19,15 +22,22 @@ impl<'a> Work<'a> {
         let tokens = run.sequences.iter().map(|s| s.len() as u64).sum();
         let part = |steps: &[Vec<&Linear>]| {
             let (mut costs, mut forward, mut weights) = (Vec::new(), 0, 0);
-            for linears in steps {
+            for (i, linears) in steps.iter().enumerate() {
                 let cols = linears[0].weight.cols() as u64;
                 let wanted = linears.iter().filter(|l| run.targets.contains_key(&l.id));
                 let rows: u64 = wanted.map(|l| l.weight.rows() as u64).sum();
-                // The Hessian is symmetric: half of it.
-                costs.push(forward + if rows > 0 { cols * cols / 2 } else { 0 });
-                weights += rows * cols * cols + if rows > 0 { cols.pow(3) } else { 0 };
-                // The kernels for packed weights are about twice as fast as those for f32.
-                forward += linears.iter().map(|l| l.weight.rows() as u64 * cols / 2).sum::<u64>();
+                // Products of bf16, which are about twice as fast as f32: one matrix' outputs are looked at, or else what
+                // goes in.
+                let own = linears.iter().map(|l| l.weight.rows() as u64 * cols / 2).sum::<u64>();
+                let products = match (rows, linears.len()) {
+                    (0, _) => 0,
+                    (_, 1) => cols * cols / 4 + rows * cols / 2,
+                    _ => cols * cols,
+                };
+                let shown = if linears.len() == 1 || i + 1 == steps.len() { own } else { 0 };
+                costs.push(2 * forward + shown + products);
+                weights += if rows > 0 { FOR_WEIGHTS * rows * cols * cols } else { 0 };
+                forward += own;
             }
             costs.push(forward);
             (costs, weights)
@@ -45,8 +55,7 @@ impl<'a> Work<'a> {
         if !run.model.spec.tied_head {
             parts.push(part(&[vec![&run.model.head]]));
         }
-        // Each token goes through both models.
-        let total = parts.iter().map(|(steps, weights)| 2 * steps.iter().sum::<u64>() * tokens + weights).sum();
+        let total = parts.iter().map(|(steps, weights)| steps.iter().sum::<u64>() * tokens + weights).sum();
         Work { progress, tokens, parts, state: State { done: 0, total, layer: 0 }, done: 0 }
     }
 
@@ -57,7 +66,7 @@ impl<'a> Work<'a> {
 
     /// All before `layer` is done.
     pub fn reach(&mut self, layer: usize) {
-        let cost = |(steps, weights): &(Vec<u64>, u64)| 2 * steps.iter().sum::<u64>() * self.tokens + weights;
+        let cost = |(steps, weights): &(Vec<u64>, u64)| steps.iter().sum::<u64>() * self.tokens + weights;
         self.done = self.parts.iter().take(layer).map(cost).sum();
         self.state.layer = layer;
         self.tell();
@@ -71,7 +80,7 @@ impl<'a> Work<'a> {
     }
 
     pub fn quantized(&mut self, rows: usize, cols: usize) {
-        self.done += (rows * cols * cols) as u64;
+        self.done += FOR_WEIGHTS * (rows * cols * cols) as u64;
         self.tell();
     }
 

@@ -7,6 +7,7 @@ mod columns;
 mod rows;
 
 use super::codes256::{Codes, by_codes};
+use super::floats512::{BF16, F16, F32, Floats};
 use super::{HalfKernels, HalfRows, PANEL, PackHalf, ROW_BLOCK};
 use crate::formats::Format;
 use std::arch::x86_64::*;
@@ -57,7 +58,35 @@ pub(super) fn pack(format: Format) -> PackHalf {
         // SAFETY: this table is handed out only where the processor has bf16.
         unsafe { pack_of::<C>(data, rows, cols, out) }
     }
-    by_codes!(format, entry)
+    fn floats<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+        // SAFETY: as above.
+        unsafe { pack_floats_of::<F>(data, rows, cols, out) }
+    }
+    match format {
+        Format::F32 => floats::<F32>,
+        Format::F16 => floats::<F16>,
+        Format::BF16 => floats::<BF16>,
+        format => by_codes!(format, entry),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn pack_floats_of<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    let size = F::FORMAT.block_bytes();
+    assert!(cols.is_multiple_of(STEP) && rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL);
+    for c in (0..cols).step_by(STEP) {
+        let mut pairs = [_mm512_setzero_si512(); PANEL];
+        for r in 0..rows {
+            // SAFETY: 32 numbers of the row.
+            pairs[r] = unsafe {
+                let at = data.as_ptr().add((r * cols + c) * size);
+                let both = _mm512_cvtne2ps_pbh(F::load(at.add(16 * size), !0), F::load(at, !0));
+                std::mem::transmute::<__m512bh, __m512i>(both)
+            };
+        }
+        // SAFETY: this step's place in `out` (asserted above).
+        unsafe { store_transposed(pairs, out.as_mut_ptr().add(c * PANEL)) };
+    }
 }
 
 /// Scales and minimums of one row's run: of each group, or of each half of one.

@@ -1,18 +1,21 @@
 //! Weights that are multiplied as floats, and conversions between their widths, in 512-bit registers.
 
 use super::avx2::pack_table;
+use super::bf16::store_transposed;
 use super::{DotFloats, GemmShape, PANEL, PackFloats};
 use crate::formats::{FP4, Format, NF4, TableFormat, table};
 use std::arch::x86_64::*;
 
 /// Sixteen floats of a row, of which the first `n` are read.
-trait Floats {
+pub(super) trait Floats {
     const FORMAT: Format;
+    /// # Safety
+    /// `p` has the masked numbers.
     unsafe fn load(p: *const u8, mask: __mmask16) -> __m512;
 }
-struct F32;
-struct F16;
-struct BF16;
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct BF16;
 impl Floats for F32 {
     const FORMAT: Format = Format::F32;
     #[inline(always)]
@@ -134,8 +137,17 @@ pub(super) fn pack_floats(format: Format) -> PackFloats {
 fn pack_floats_of<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [f32]) {
     let size = F::FORMAT.block_bytes();
     assert!(rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL);
-    for c in (0..cols).step_by(16) {
-        let n = 16.min(cols - c);
+    for c in (0..cols / 16 * 16).step_by(16) {
+        let mut tile = [_mm512_setzero_si512(); PANEL];
+        for r in 0..rows {
+            // SAFETY: sixteen numbers of the row.
+            tile[r] = _mm512_castps_si512(unsafe { F::load(data.as_ptr().add((r * cols + c) * size), !0) });
+        }
+        // SAFETY: sixteen lines of the panel (asserted above).
+        unsafe { store_transposed(tile, out.as_mut_ptr().add(c * PANEL).cast()) };
+    }
+    for c in (cols / 16 * 16..cols).step_by(16) {
+        let n = cols - c;
         let mut tile = [[0f32; 16]; PANEL];
         for r in 0..rows {
             // SAFETY: the masked numbers are inside the row; the tile's rows have sixteen.

@@ -212,7 +212,7 @@ pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<
 pub struct HalfKernels {
     /// Up to 16 rows of f32 to a block of bf16 (see [`HalfRows`]), to nearest even.
     pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
-    /// For block formats.
+    /// For block formats, and for F32, F16 and BF16.
     pub pack: fn(Format) -> PackHalf,
     /// For all formats.
     pub columns: fn(Format) -> PackHalfColumns,

@@ -1,5 +1,6 @@
 //! The second moments of a layer's inputs: what tells an error that matters from one that does not.
 
+use super::gram::{BLOCK, Pair, Precision, products};
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::kernels::{Gemm, GemmShape, PANEL};
@@ -10,25 +11,25 @@ use std::io::{Error, ErrorKind, Read, Result, Write};
 /// any one row of its weights (Frantar et al. 2023, "GPTQ", eq. 1-2).
 ///
 /// Symmetric, so only the blocks on and below the diagonal are kept, as f32 sums: 4 bytes for half of `cols * cols`.
-/// A sum over 512 activations is made in registers before it is added, so that rounding stays near 1e-6 over millions
-/// of rows.
 pub struct Hessian {
     cols: usize,
     rows: u64,
+    precision: Precision,
     /// Row `i`, columns `0..stride(i)`, one row after another.
     sums: Vec<f32>,
 }
 
-/// Rows (and columns) of a block: a whole number of every kernel's tiles.
-const BLOCK: usize = 96;
-/// Activations that are summed before memory is touched.
-const CHUNK: usize = 512;
 const MAGIC: &[u8; 8] = b"rlhess01";
 
 impl Hessian {
     /// No activations yet.
     pub fn new(cols: usize) -> Hessian {
-        Hessian { cols, rows: 0, sums: vec![0.0; size(cols)] }
+        Hessian { cols, rows: 0, precision: Precision::Exact, sums: vec![0.0; size(cols)] }
+    }
+
+    /// The same, of activations that are rounded to bf16 where the processor multiplies those faster than f32.
+    pub fn coarse(cols: usize) -> Hessian {
+        Hessian { precision: Precision::Coarse, ..Hessian::new(cols) }
     }
 
     /// Columns of the activations.
@@ -53,49 +54,14 @@ impl Hessian {
         }
         assert!(x.len().is_multiple_of(cols), "activations are not [n, cols]");
         self.rows += (x.len() / cols) as u64;
-        let blocks = cols.div_ceil(BLOCK);
-        let mut tall = Aligned::<f32>::zeroed(cols * CHUNK);
-        let mut wide = Aligned::<f32>::zeroed(cols.next_multiple_of(PANEL) * CHUNK);
-        let tiles: Vec<(usize, usize)> = (0..blocks).flat_map(|i| (0..=i).map(move |j| (i, j))).collect();
-        for x in x.chunks(CHUNK * cols) {
-            let n = x.len() / cols;
-            {
-                let tall = Disjoint::new(&mut tall);
-                let wide = Disjoint::new(&mut wide);
-                cpu.split(cols.div_ceil(PANEL), 1, &|panels| {
-                    for p in panels {
-                        let from = p * PANEL;
-                        let used = PANEL.min(cols - from);
-                        // SAFETY: a panel of columns belongs to one task.
-                        let (tall, wide) = unsafe {
-                            (tall.slice(from * n..(from + used) * n), wide.slice(from * n..(from + PANEL) * n))
-                        };
-                        for r in 0..n {
-                            let x = &x[r * cols + from..][..used];
-                            wide[r * PANEL..][..used].copy_from_slice(x);
-                            for (c, x) in x.iter().enumerate() {
-                                tall[c * n + r] = *x;
-                            }
-                        }
-                    }
-                });
-            }
-            let sums = Disjoint::new(&mut self.sums);
-            cpu.team.run(tiles.len(), &|t| {
-                let (bi, bj) = tiles[t];
-                let (i, j) = (bi * BLOCK, bj * BLOCK);
-                let (m, width) = (BLOCK.min(cols - i), BLOCK.min(cols - j));
-                let mut tile = [0f32; BLOCK * BLOCK];
-                let shape = GemmShape { m, n: width, k: n, lda: n, ldb: n * PANEL, ldc: BLOCK, add: false };
-                multiply(cpu.kernels.gemm, shape, &tall[i * n..], &wide[j * n..], &mut tile);
-                for r in 0..m {
-                    let start = offset(cols, i + r) + j;
-                    // SAFETY: a tile belongs to one task.
-                    let sums = unsafe { sums.slice(start..start + width) };
-                    (cpu.kernels.lanes.add)(&tile[r * BLOCK..][..width], sums);
-                }
-            });
-        }
+        let sums = Disjoint::new(&mut self.sums);
+        let pair = Pair { a: x, rows: cols, b: x, cols };
+        products(cpu, self.precision, pair, true, &|i, j, products| {
+            let start = offset(cols, i) + j;
+            // SAFETY: only one task adds to these places.
+            let sums = unsafe { sums.slice(start..start + products.len()) };
+            (cpu.kernels.lanes.add)(products, sums);
+        });
     }
 
     /// Adds all rows that `other` has seen.
@@ -300,6 +266,7 @@ pub(super) fn multiply(gemm: Gemm, shape: GemmShape, a: &[f32], b: &[f32], c: &m
 
 #[cfg(test)]
 mod tests {
+    use super::super::gram::CHUNK;
     use super::*;
     use crate::Isa;
 
@@ -344,6 +311,24 @@ mod tests {
                 assert_eq!(h.sums, again.sums);
             }
             assert_eq!(again.rows(), h.rows());
+        }
+    }
+
+    #[test]
+    fn coarse_sums_are_those_of_rounded_numbers() {
+        for (cols, n) in [(1, 3), (16, 1), (70, 700), (96, 5), (250, 1130)] {
+            let mut x = random(n * cols, cols as u32);
+            let cpu = Cpu::new(2, Isa::best());
+            let mut coarse = Hessian::coarse(cols);
+            coarse.add(&cpu, &x);
+            if cpu.kernels.half.is_some() {
+                x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+            }
+            let mut exact = Hessian::new(cols);
+            exact.add(&cpu, &x);
+            for (a, b) in coarse.sums.iter().zip(&exact.sums) {
+                assert!((a - b).abs() <= 1e-6 * (n as f32).max(b.abs()), "{cols} {n}: {a} {b}");
+            }
         }
     }
 

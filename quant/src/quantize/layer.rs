@@ -1,6 +1,6 @@
 //! Quantizing one matrix with the help of its Hessian: several ways are tried and each row keeps what suits it best.
 
-use super::drift::Seen;
+use super::drift::{Goal, Seen};
 use super::factor::Factor;
 use super::gptq::{Fit, Order, Plan, Variant, run};
 use super::grid::Grid;
@@ -74,13 +74,11 @@ pub enum Codes {
 pub struct Quantized {
     /// The quantized weights.
     pub codes: Codes,
-    /// Twice the mean squared error of the outputs, summed over them: `tr(D H D^T)` with `D = quantized - weights` where
-    /// no drift was seen.
+    /// Twice the mean squared error of the outputs, summed over them, on what judged it: `tr(D H D^T)` with
+    /// `D = quantized - weights` where no drift was seen.
     pub objective: f64,
     /// The same of rounding to nearest.
     pub rounded: f64,
-    /// Both by the held-out Hessian, where one was given.
-    pub held_out: Option<(f64, f64)>,
     /// How many rows took their codes from where.
     pub methods: Vec<(Method, usize)>,
     /// Rows whose codes or scales were bettered afterwards.
@@ -131,7 +129,9 @@ pub fn gptq(
     let cols = hessian.cols();
     check(weights, rows, seen, held_out, grid)?;
     let source = Problem { cpu, weights, rows, cols, grid, search: options.search, half: options.half_scales };
-    let judge = held_out.unwrap_or(seen);
+    let own = Goal::new(cpu, seen, weights, rows);
+    let other = held_out.map(|seen| Goal::new(cpu, seen, weights, rows));
+    let judge = other.as_ref().unwrap_or(&own);
     let mut diagonal: Vec<f64> = (0..cols).map(|c| hessian.get(c, c)).collect();
     let live: Vec<f64> = diagonal.iter().copied().filter(|d| *d > 0.0).collect();
     let mean = if live.is_empty() { 1.0 } else { live.iter().sum::<f64>() / live.len() as f64 };
@@ -141,9 +141,8 @@ pub fn gptq(
     let mut errors = Aligned::<f32>::zeroed(rows * cols);
     let rounded = Solution::round(&Problem { search: false, ..source }, None);
     rounded.errors(&source, &mut errors);
-    let rounded_objective: f64 = seen.objective(cpu, &errors).iter().sum();
     let costs = judge.objective(cpu, &errors);
-    let rounded_judged: f64 = costs.iter().sum();
+    let rounded_cost: f64 = costs.iter().sum();
     let mut methods = vec![Method::Rounded];
     let mut families = vec![Family { chosen: vec![0; rows], solution: rounded, costs }];
     let mut factors = Factors { cpu, hessian, mean, last: None };
@@ -151,7 +150,7 @@ pub fn gptq(
     if let (Some(_), Some(variant)) = (seen.drift, options.variants.first()) {
         let order = Plan::new(&source, variant, &diagonal).order;
         let factor = factors.get(&order, variant.damping)?;
-        moved = seen.correction(cpu, rows, factor, &order, held_out);
+        moved = own.correction(cpu, factor, &order, judge);
     }
     let moved: Option<Vec<f32>> = moved.map(|change| change.iter().zip(weights).map(|(c, w)| c + w).collect());
     let p = Problem { weights: moved.as_deref().unwrap_or(weights), ..source };
@@ -196,13 +195,10 @@ pub fn gptq(
             }
         }
     }
-    solution.errors(&source, &mut errors);
-    let objective = seen.objective(cpu, &errors).iter().sum();
     let zeros = || solution.offsets.iter().map(|z| *z as u8).collect();
     Ok(Quantized {
-        objective,
-        rounded: rounded_objective,
-        held_out: held_out.map(|_| (costs.iter().sum(), rounded_judged)),
+        objective: costs.iter().sum(),
+        rounded: rounded_cost,
         methods: counts,
         refined: refined.iter().filter(|r| **r).count(),
         codes: match grid {
@@ -263,7 +259,7 @@ fn consider(
     methods: &mut Vec<Method>,
     method: Method,
     solution: Solution,
-    judge: Seen<'_>,
+    judge: &Goal<'_>,
     p: &Problem<'_>,
     errors: &mut [f32],
 ) {

@@ -9,6 +9,7 @@ mod drift;
 mod factor;
 mod float;
 mod gptq;
+mod gram;
 mod grid;
 mod groups;
 mod hessian;
