@@ -20,6 +20,9 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 
+/// Columns of a matrix beyond which GPTQ is run once.
+const WIDE: usize = 4096;
+
 /// What to calibrate on, and how to go about it.
 pub struct Options<'a> {
     /// A text and its name, instead of the built-in one with texts that the model writes.
@@ -146,9 +149,13 @@ fn run(
         memory: options.memory,
         stop: options.stop,
     };
+    // A factor takes time by the third power of the columns: one order of visits has to do.
+    let variants = options.gptq.variants.iter().take(1).copied().collect();
+    let short = GptqOptions { variants, ..options.gptq.clone() };
     let mut one = |cpu: &Cpu, job: &Job<'_>| {
         let (name, format) = (&job.target.name, job.target.format);
-        let done = gptq(cpu, job.weights, job.rows.len(), job.seen, job.held_out, grid(format), &options.gptq)
+        let options = if job.linear.weight.cols() > WIDE { &short } else { &options.gptq };
+        let done = gptq(cpu, job.weights, job.rows.len(), job.seen, job.held_out, grid(format), options)
             .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
         let share = 100.0 * done.objective / done.rounded.max(f64::MIN_POSITIVE);
         tracing::info!("{name}: {share:.1} % of the error of rounding; {:?}, {} refined", done.methods, done.refined);
@@ -201,9 +208,18 @@ fn sequences(
         None => {
             let theirs = text::sequences(tokenizer, text::BUILT_IN, "the built-in text", length)?;
             let own = Own::for_model(model);
-            let ours = text::own(model, tokenizer, options.threads, own, &mut |step| {
-                progress(Progress::Writing(step, own.steps));
-            })?;
+            let mut write = |own: Own| {
+                text::own(model, tokenizer, options.threads, own, &mut |step| {
+                    progress(Progress::Writing(step, own.steps));
+                })
+            };
+            let mut ours = write(own)?;
+            let count = theirs.len();
+            let theirs = text::familiar(model, options.threads, theirs, &ours)?;
+            if 2 * theirs.len() < count {
+                // What is left out of it makes room for more of the model's own.
+                ours.extend(write(Own { seed: own.seed + 1, ..own })?);
+            }
             text::interleave(theirs, ours)
         }
     };

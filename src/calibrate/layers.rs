@@ -145,7 +145,8 @@ impl Run<'_> {
         // lack, and the weights with their errors, codes and packed rows in several forms.
         let matrix = |l: &Linear| {
             let (rows, cols) = (l.weight.rows() as u64, l.weight.cols() as u64);
-            let drifts = match (l.id == self.model.head.id, rows < cols || joined(&self.model, l.layer).contains(&l.id)) {
+            let drifts = match (l.id == self.model.head.id, rows < cols || joined(&self.model, l.layer).contains(&l.id))
+            {
                 (true, _) => 0,
                 (_, true) => 8 * rows * cols,
                 _ => 12 * cols * cols,

@@ -23,6 +23,8 @@ pub const HELD_OUT: &str = include_str!("held_out.txt");
 pub const LENGTH: usize = 512;
 /// Fewest tokens that say enough about a model's activations.
 pub const FEWEST: usize = 4096;
+/// How much more a text may surprise a model than its own texts do, in nats for a token.
+const STRANGE: f64 = 2.5;
 /// Most tokens of a text that are read.
 pub const MOST: usize = 128 * LENGTH;
 
@@ -121,6 +123,57 @@ pub fn own(
     // A lone BOS says nothing.
     written.retain(|text| text.len() > 1);
     Ok(written)
+}
+
+/// How surprised `model` is by the beginning of each sequence: the mean of `-ln p` over its tokens but the first.
+pub fn surprise(model: &Model, threads: Option<usize>, sequences: &[Vec<u32>]) -> Result<Vec<f64>> {
+    /// Tokens of a sequence that are looked at.
+    const BEGINNING: usize = 64;
+    /// Sequences that go together: logits of a large vocabulary take much memory.
+    const TOGETHER: usize = 2;
+    let mut backend = backend(model, threads, TOGETHER, BEGINNING, model.spec.layers.len())?;
+    let mut means = Vec::new();
+    for part in sequences.chunks(TOGETHER) {
+        let parts: Vec<&[u32]> = part.iter().map(|s| &s[..s.len().min(BEGINNING)]).collect();
+        let place = |(slot, s): (usize, &&[u32])| Sequence { slot, start: 0, len: s.len(), outline: model.outline(s) };
+        let places: Vec<Sequence> = parts.iter().enumerate().map(place).collect();
+        let ids = parts.concat();
+        let batch = Batch { ids: &ids, sequences: &places, phase: Phase::Prompt };
+        let hidden = decoder::hidden(model, &mut backend, &batch)?;
+        let logits = decoder::logits(model, &mut backend, &hidden)?;
+        let mut row = 0;
+        for s in parts {
+            let surprises = s.windows(2).enumerate().map(|(i, pair)| {
+                let logits = logits.row(row + i);
+                let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f64 = logits.iter().map(|l| f64::from((l - top).exp())).sum();
+                sum.ln() + f64::from(top - logits[pair[1] as usize])
+            });
+            means.push(surprises.sum::<f64>() / (s.len() - 1).max(1) as f64);
+            row += s.len();
+        }
+    }
+    Ok(means)
+}
+
+/// Those of `theirs` that surprise `model` by no more than [`STRANGE`] above what its own texts do. What is strange to a
+/// model (another language than its own, say) goes through it unlike anything that it is used for.
+pub fn familiar(
+    model: &Model,
+    threads: Option<usize>,
+    theirs: Vec<Vec<u32>>,
+    ours: &[Vec<u32>],
+) -> Result<Vec<Vec<u32>>> {
+    /// Own texts that are looked at.
+    const SAMPLE: usize = 8;
+    let own = surprise(model, threads, &ours[..ours.len().min(SAMPLE)])?;
+    if own.is_empty() {
+        return Ok(theirs);
+    }
+    let usual = own.iter().sum::<f64>() / own.len() as f64;
+    let all = surprise(model, threads, &theirs)?;
+    tracing::info!("surprise: {usual:.2} by its own texts; {all:.2?} by the built-in");
+    Ok(theirs.into_iter().zip(all).filter(|(_, s)| *s <= usual + STRANGE).map(|(s, _)| s).collect())
 }
 
 /// `theirs` and `ours` in turn, so that every part holds of both.

@@ -73,7 +73,9 @@ pub(super) fn pack(format: Format) -> PackHalf {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn pack_floats_of<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
     let size = F::FORMAT.block_bytes();
-    assert!(cols.is_multiple_of(STEP) && rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL);
+    assert!(
+        cols.is_multiple_of(STEP) && rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL
+    );
     for c in (0..cols).step_by(STEP) {
         let mut pairs = [_mm512_setzero_si512(); PANEL];
         for r in 0..rows {

@@ -29,6 +29,14 @@ pub(super) enum Levels {
     Zero(f32),
 }
 
+/// The whole number nearest to `x`, even where two are: for numbers below 2^22, without the call that
+/// `round_ties_even` is where nothing is known of the processor.
+#[inline(always)]
+fn whole(x: f32) -> f32 {
+    const ONES: f32 = 12_582_912.0;
+    (x + ONES) - ONES
+}
+
 /// Nearest value on the grid to `x`: (code, value). `offset` is the minimum (value = scale * code - minimum), or the
 /// zero for [`Levels::Zero`] (value = scale * code).
 #[inline(always)]
@@ -44,11 +52,11 @@ pub(super) fn nearest(levels: Levels, scale: f32, offset: f32, x: f32) -> (f32, 
     }
     match levels {
         Levels::Range(low, high) => {
-            let code = ((x + offset) / scale).round_ties_even().clamp(low, high);
+            let code = whole(((x + offset) / scale).clamp(low, high));
             (code, scale * code - offset)
         }
         Levels::Zero(top) => {
-            let code = (x / scale).round_ties_even().clamp(-offset, top - offset);
+            let code = whole((x / scale).clamp(-offset, top - offset));
             (code, scale * code)
         }
         Levels::Table(table) => {

@@ -156,7 +156,10 @@ pub fn gptq(
     let p = Problem { weights: moved.as_deref().unwrap_or(weights), ..source };
     let importance: Vec<f32> = diagonal.iter().map(|d| *d as f32).collect();
     let weighted = Solution::round(&p, Some(&importance));
-    consider(&mut families, &mut methods, Method::Weighted, weighted.clone(), judge, &source, &mut errors);
+    if options.variants.is_empty() {
+        // Beside GPTQ it suits next to no row.
+        consider(&mut families, &mut methods, Method::Weighted, weighted.clone(), judge, &source, &mut errors);
+    }
 
     for variant in &options.variants {
         let plan = Plan::new(&p, variant, &diagonal);
