@@ -332,10 +332,11 @@ fn a_model_writes_the_same_texts_on_any_number_of_threads() {
     let dir = tempfile::tempdir().unwrap();
     let (model, tokenizer) = tiny(&dir.path().join("tiny"));
     let own = Own { lanes: 3, steps: 300, seed: 5 };
-    let write = |threads, own| text::own(&model, &tokenizer, Some(threads), own, &mut |_| ()).unwrap();
-    let texts = write(1, own);
-    assert!(texts == write(3, own));
-    assert!(texts != write(1, Own { seed: 6, ..own }));
+    let write = |threads, memory, own| text::own(&model, &tokenizer, Some(threads), memory, own, &mut |_| ()).unwrap();
+    let texts = write(1, u64::MAX, own);
+    // One at a time where memory is short.
+    assert!(texts == write(3, 1, own));
+    assert!(texts != write(1, u64::MAX, Own { seed: 6, ..own }));
     let length = text::length(&model);
     assert!(texts.iter().all(|t| t[0] == tokenizer.bos().unwrap() && (2..=length).contains(&t.len())));
     // Each step writes a token in each lane; those that end a text are not kept, and each text begins with one more.

@@ -209,7 +209,7 @@ fn sequences(
             let theirs = text::sequences(tokenizer, text::BUILT_IN, "the built-in text", length)?;
             let own = Own::for_model(model);
             let mut write = |own: Own| {
-                text::own(model, tokenizer, options.threads, own, &mut |step| {
+                text::own(model, tokenizer, options.threads, options.memory / 2, own, &mut |step| {
                     progress(Progress::Writing(step, own.steps));
                 })
             };

@@ -15,7 +15,7 @@
 
 use super::capture::{Capture, Observer};
 use super::groups::Groups;
-use super::step::{Count, Step, joined};
+use super::step::{self, Step, joined};
 use super::text;
 use super::work::Work;
 use crate::engine::cpu::{Activations, CpuBackend};
@@ -217,7 +217,7 @@ impl Run<'_> {
             self.take(id)?;
         }
         let (input, wanted) = (map(&self.hidden(i))?, map(&self.original(i))?);
-        let steps = self.steps(backend, original, i)?;
+        let steps = step::count(backend, original, i, &self.sequences[0][..1])?;
         for step in 0..steps {
             let mut observer = Step::new(step, step + 1 == steps, self.targets, joined(&self.model, i));
             self.step(backend, original, chunks, i, (&input, &wanted), &mut observer, work)?;
@@ -243,21 +243,6 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Calls for products in layer `i`.
-    fn steps(&self, backend: &mut CpuBackend, original: &Model, i: usize) -> Result<usize> {
-        let ids = &self.sequences[0][..1];
-        let sequence = Sequence { slot: 0, start: 0, len: 1, outline: original.outline(ids) };
-        let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
-        let mut x = backend.new_tensor(1, original.spec.hidden_size);
-        x.fill(1.0);
-        let mut count = Count::default();
-        Capture::layerwise(backend, &mut count).run(|b| {
-            b.begin(original, &batch)?;
-            decoder::layer(original, b, i, x)
-        })?;
-        Ok(count.0)
     }
 
     /// Shows `observer` its step of layer `i`, of both models. In the last step the unquantized one goes on, and what

@@ -120,7 +120,7 @@ impl Probe {
         let own = Own { lanes: SEQUENCES / 2, steps: length, seed: 2 };
         let mut sequences = match text {
             Some(_) => Vec::new(),
-            None => text::own(&model, tokenizer, threads, own, &mut |_| {})?,
+            None => text::own(&model, tokenizer, threads, u64::MAX, own, &mut |_| {})?,
         };
         sequences.sort_by_key(|s| std::cmp::Reverse(s.len()));
         sequences.truncate(SEQUENCES / 2);

@@ -1,12 +1,15 @@
 //! What one step of a layer is given, and what its outputs lack.
 
-use super::capture::Observer;
+use super::capture::{Capture, Observer};
 use super::layers::Target;
-use crate::engine::cpu::Activations;
+use crate::engine::cpu::{Activations, CpuBackend};
+use anyhow::Result;
+use rushlight_models::backend::{Backend, Batch, Sequence};
+use rushlight_models::decoder;
 use rushlight_models::model::{Linear, Model};
 use rushlight_models::spec::Branches;
-use rushlight_quant::Cpu;
 use rushlight_quant::quantize::{Drift, Hessian};
+use rushlight_quant::{Cpu, Phase};
 use std::collections::HashMap;
 use std::ops::{ControlFlow, Range};
 
@@ -30,9 +33,21 @@ pub(super) fn joined(model: &Model, i: usize) -> Vec<usize> {
     ids
 }
 
-/// Counts the calls for products.
-#[derive(Default)]
-pub(super) struct Count(pub usize);
+/// Calls for products in layer `i`, for any token `ids`.
+pub(super) fn count(backend: &mut CpuBackend, model: &Model, i: usize, ids: &[u32]) -> Result<usize> {
+    let sequence = Sequence { slot: 0, start: 0, len: ids.len(), outline: model.outline(ids) };
+    let batch = Batch { ids, sequences: &[sequence], phase: Phase::Prompt };
+    let mut x = backend.new_tensor(ids.len(), model.spec.hidden_size);
+    x.fill(1.0);
+    let mut count = Count(0);
+    Capture::layerwise(backend, &mut count).run(|b| {
+        b.begin(model, &batch)?;
+        decoder::layer(model, b, i, x)
+    })?;
+    Ok(count.0)
+}
+
+struct Count(usize);
 
 impl Observer for Count {
     fn input(&mut self, _: &Cpu, _: &Activations, _: &[&Linear]) -> ControlFlow<()> {

@@ -1,7 +1,7 @@
 //! What models are calibrated on: the built-in text or one that was given, and texts that the model writes itself.
 //!
 //! A model's own samples are what its makers' data looked like to it, which no text of ours can match; but they hold
-//! little of what it is rarely asked for. Both together do best (docs/measurements.md).
+//! little of what it is rarely asked for. Both together do best (docs/measurements.md), but for what is strange to it.
 
 use crate::engine::cpu::CpuBackend;
 use crate::engine::kv::{KvCache, KvFormat, KvShape};
@@ -74,52 +74,63 @@ impl Own {
 }
 
 /// Has `model` write texts from nothing, at temperature 1: what it finds likely, as often as it finds it likely. Where
-/// a text ends, the next one begins. Nothing is written by a model that has no token to begin with. `progress` hears how
+/// a text ends, the next one begins. Nothing is written by a model that has no token to begin with. As many texts are
+/// written side by side as `memory` bytes hold the keys and values of, which changes nothing in them. `progress` hears how
 /// many of the steps are done.
 pub fn own(
     model: &Model,
     tokenizer: &Tokenizer,
     threads: Option<usize>,
+    memory: u64,
     own: Own,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<u32>>> {
     let Some(first) = tokenizer.bos().or(tokenizer.eos()).filter(|&id| (id as usize) < model.spec.vocab_size) else {
         return Ok(Vec::new());
     };
-    let length = length(model);
-    let mut backend = backend(model, threads, own.lanes, length, model.spec.layers.len())?;
-    let mut samplers: Vec<Sampler> = (0..own.lanes as u64)
-        .map(|lane| Sampler::new(Sampling { seed: Some((own.seed << 32) + lane), ..Sampling::off() }))
-        .collect();
+    let (spec, length) = (&model.spec, length(model));
+    let cache = 4 * spec.layers.len() * spec.kv_heads * (spec.head_dim + spec.value_dim) * length;
+    let lane = cache + 16 * spec.vocab_size;
+    let together = (memory as usize / lane.max(1)).clamp(1, own.lanes);
+    let mut backend = backend(model, threads, together, length, spec.layers.len())?;
     // A token that the tokenizer cannot write would not come from any text.
-    let known = tokenizer.vocab_size().min(model.spec.vocab_size);
-    let mut lanes = vec![vec![first]; own.lanes];
+    let known = tokenizer.vocab_size().min(spec.vocab_size);
     let mut written = Vec::new();
-    for step in 0..own.steps {
-        let ids: Vec<u32> = lanes.iter().map(|lane| lane[lane.len() - 1]).collect();
-        let place = |(slot, lane): (usize, &Vec<u32>)| Sequence {
-            slot,
-            start: lane.len() - 1,
-            len: 1,
-            outline: model.outline(lane),
-        };
-        let sequences: Vec<Sequence> = lanes.iter().enumerate().map(place).collect();
-        let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
-        let hidden = decoder::hidden(model, &mut backend, &batch)?;
-        let logits = decoder::logits(model, &mut backend, &hidden)?;
-        for (i, lane) in lanes.iter_mut().enumerate() {
-            let next = samplers[i].sample(&logits.row(i)[..known], None)?;
-            let ended = next == first || tokenizer.eos() == Some(next) || tokenizer.is_end_of_turn(next);
-            if !ended {
-                lane.push(next);
+    for from in (0..own.lanes).step_by(together) {
+        let numbers = from as u64..own.lanes.min(from + together) as u64;
+        let sampler = |lane| Sampler::new(Sampling { seed: Some((own.seed << 32) + lane), ..Sampling::off() });
+        let mut samplers: Vec<Sampler> = numbers.clone().map(sampler).collect();
+        let mut lanes = vec![vec![first]; samplers.len()];
+        let mut finished = vec![Vec::new(); samplers.len()];
+        for step in 0..own.steps {
+            let ids: Vec<u32> = lanes.iter().map(|lane| lane[lane.len() - 1]).collect();
+            let place = |(slot, lane): (usize, &Vec<u32>)| Sequence {
+                slot,
+                start: lane.len() - 1,
+                len: 1,
+                outline: model.outline(lane),
+            };
+            let sequences: Vec<Sequence> = lanes.iter().enumerate().map(place).collect();
+            let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
+            let hidden = decoder::hidden(model, &mut backend, &batch)?;
+            let logits = decoder::logits(model, &mut backend, &hidden)?;
+            for (i, lane) in lanes.iter_mut().enumerate() {
+                let next = samplers[i].sample(&logits.row(i)[..known], None)?;
+                let ended = next == first || tokenizer.eos() == Some(next) || tokenizer.is_end_of_turn(next);
+                if !ended {
+                    lane.push(next);
+                }
+                if ended || lane.len() == length {
+                    finished[i].push(std::mem::replace(lane, vec![first]));
+                }
             }
-            if ended || lane.len() == length {
-                written.push(std::mem::replace(lane, vec![first]));
-            }
+            progress((from * own.steps + (step + 1) * lanes.len()) / own.lanes);
         }
-        progress(step + 1);
+        for (finished, last) in finished.into_iter().zip(lanes) {
+            written.extend(finished);
+            written.push(last);
+        }
     }
-    written.extend(lanes);
     // A lone BOS says nothing.
     written.retain(|text| text.len() > 1);
     Ok(written)
