@@ -129,7 +129,8 @@ fn every_step_sees_the_quantized_ones_before_it() {
             let inputs = squares.of(linear.id).unwrap();
             assert_eq!(inputs.rows as usize, sequences().concat().len());
             for (want, got) in inputs.sums.iter().zip(&seen[name]) {
-                assert!((want - got).abs() <= 1e-4 * want.abs() + 1e-9, "{name}: {got} instead of {want}");
+                // Where that is faster, products are of bf16, which is off by up to 1 in 256.
+                assert!((want - got).abs() <= 2e-3 * want.abs() + 1e-9, "{name}: {got} instead of {want}");
             }
             let (r, cols) = (linear.weight.rows(), linear.weight.cols());
             let packed = rounded(*format, &floats(&linear.weight), cols);
@@ -216,7 +217,7 @@ fn every_step_sees_what_its_outputs_lack() {
         let squares = wanted.iter().zip(&got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
         let want = squares / sequences().concat().len() as f64;
         let name = &targets[&id].name;
-        assert!((lacking[name] - want).abs() <= 1e-3 * want + 1e-12, "{name}: {} instead of {want}", lacking[name]);
+        assert!((lacking[name] - want).abs() <= 5e-3 * want + 1e-12, "{name}: {} instead of {want}", lacking[name]);
         // All layers of the step follow it.
         let of = quantized.linears().find(|l| l.id == id).map(|l| (l.layer, l.role)).unwrap();
         let step: &[Role] = match of.1 {
