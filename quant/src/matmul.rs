@@ -365,7 +365,7 @@ impl Cpu {
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
-                let as_floats = !w.format.is_coded() && !(half.is_some() && self.rounds_floats(w));
+                let as_floats = !(w.format.is_coded() || half.is_some() && self.rounds_floats(w));
                 match half {
                     _ if as_floats => panels.unpack_floats(self, w, &rows),
                     Some(half) => panels.unpack_half(&half, w, &rows),
