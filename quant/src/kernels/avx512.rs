@@ -8,7 +8,7 @@ use super::floats512::{dot_floats, f16_to_f32, f32_to_f16, gemm, pack_floats};
 use super::lanes::compiled_lanes;
 use super::scalar::pack_codes_of;
 use super::{CodePanel, DotCodes, Isa, Kernels, Lanes, PANEL, PackCodes, QuantizedRow, QuantizedRowMut, QuantizedRows};
-use super::{heads512, pairs512, peaks};
+use super::{few512, heads512, peaks};
 use crate::formats::{BlockFormat, Format, Visitor};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -27,7 +27,7 @@ pub(super) fn kernels() -> Kernels {
         isa: Isa::Avx512,
         biased_codes: true,
         quantize,
-        dot_batch: pairs512::dot_batch,
+        dot_batch: few512::dot_batch,
         dot_codes,
         dot_floats,
         pack_codes,
@@ -105,10 +105,10 @@ fn quantize(x: &[f32], out: QuantizedRowMut<'_>) {
 }
 
 fn dot_codes(format: Format) -> DotCodes {
-    pairs512::dot_codes(format).unwrap_or_else(|| dot_codes_256(format))
+    few512::dot_codes(format).unwrap_or_else(|| dot_codes_256(format))
 }
 
-/// For processors without VBMI, and the formats that [`pairs512`] leaves out.
+/// For processors without VBMI, and the formats that [`few512`] leaves out.
 pub(super) fn dot_codes_256(format: Format) -> DotCodes {
     fn entry<C: Codes>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]

@@ -161,7 +161,7 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
         let mut factors = [const { Factors([0.0; 16]) }; R];
         let q = x.q.as_ptr();
         // Whole steps of R rows, at least so far that memory answers in time.
-        let ahead = (4096usize.div_ceil(R * row_bytes.max(1))) * R * row_bytes;
+        let ahead = (12288usize.div_ceil(R * row_bytes.max(1))) * R * row_bytes;
         for run in 0..groups / 8 {
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));

@@ -17,9 +17,13 @@ mod avx_vnni;
 mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod codes256;
+#[cfg(target_arch = "x86_64")]
+mod codes512;
 mod columns;
 #[cfg(target_arch = "x86_64")]
 mod few256;
+#[cfg(target_arch = "x86_64")]
+mod few512;
 #[cfg(target_arch = "x86_64")]
 mod floats512;
 #[cfg(target_arch = "x86_64")]
@@ -27,8 +31,6 @@ mod heads512;
 pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-#[cfg(target_arch = "x86_64")]
-mod pairs512;
 #[cfg(target_arch = "x86_64")]
 mod peaks;
 pub mod scalar;

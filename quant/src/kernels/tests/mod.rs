@@ -221,7 +221,7 @@ fn codes_meet_one_row() {
     for (isa, kernels) in tables() {
         let mut random = Random(2);
         for format in coded() {
-            for cols in lengths(format) {
+            for cols in shared_reads::all_lengths(format) {
                 let rows = 7;
                 let data = random.rows(format, rows, cols);
                 let x = Activations::new(&kernels, &random.numbers(cols), cols);

@@ -3,7 +3,7 @@
 use super::*;
 
 /// Row lengths with and without groups behind the last whole run of eight.
-fn all_lengths(format: Format) -> Vec<usize> {
+pub(super) fn all_lengths(format: Format) -> Vec<usize> {
     let mut lengths = lengths(format).to_vec();
     if format.block_len() == 32 {
         lengths.extend([2 * 32, 7 * 32, 18 * 32, 27 * 32]);

@@ -1,0 +1,345 @@
+//! Block formats in 512-bit registers: how four groups of 32 codes are taken out of each one's blocks. For processors
+//! with VBMI (Ice Lake, Zen 4 and later); others take [`super::codes256`].
+
+use super::codes256::Codes;
+use crate::formats::*;
+use std::arch::x86_64::*;
+use std::sync::OnceLock;
+
+/// Whether the processor has what these kernels take beyond AVX-512 with VNNI.
+pub(super) fn available() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| is_x86_feature_detected!("avx512vbmi"))
+}
+
+/// A block format, four groups at a time.
+///
+/// # Safety
+/// As for [`Codes`]; `quad` reads the groups `4 i .. 4 i + 4` of the run and no byte beyond their blocks. The methods
+/// need AVX-512 with VBMI.
+pub(super) trait Quads: Codes {
+    /// Codes raised by `ZERO`. A quarter of each register belongs to one group, the first sixteen codes of which are in
+    /// the first register: so the products of a group end in four lanes, and one conversion serves four groups. With
+    /// `HALVES` the codes are in their order: a quarter is what shares a scale.
+    unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2];
+    /// Scales and minimums of a run's eight groups, or with `HALVES` of their halves, in the first lanes; the others are
+    /// zeros.
+    #[inline(always)]
+    unsafe fn factors(run: *const u8) -> [__m512; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let joined = |[a, b]: [__m256; 2]| match Self::HALVES {
+                true => _mm512_insertf32x8::<1>(_mm512_castps256_ps512(a), b),
+                false => _mm512_zextps256_ps512(a),
+            };
+            let mins = if Self::HAS_MIN { joined(Self::mins(run)) } else { _mm512_setzero_ps() };
+            [joined(Self::scales(run)), mins]
+        }
+    }
+}
+
+/// Where in two registers, the second of which begins `apart` bytes behind the first, byte `from + b * size + at(j)` is
+/// found, for byte `j` of quarter `b`: `at(j)` is `j`, or with `bits` the byte that holds bit `j`.
+const fn places_of(from: usize, size: usize, apart: usize, bits: bool) -> [u8; 64] {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        let byte = from + i / 16 * size + if bits { i % 16 / 8 } else { i % 16 };
+        places[i] = (if byte < 64 { byte } else { byte - apart + 64 }) as u8;
+        i += 1;
+    }
+    places
+}
+
+/// The part of four blocks of `SIZE` bytes at `p` from byte `FIRST` of the first to the last block's end, in two
+/// registers, the second of which begins [`apart`] behind the first.
+#[inline(always)]
+unsafe fn four_blocks<const FIRST: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has four blocks, which are more than 64 bytes.
+    unsafe { [_mm512_loadu_si512(p.add(FIRST).cast()), _mm512_loadu_si512(p.add(4 * SIZE - 64).cast())] }
+}
+
+const fn apart(first: usize, size: usize) -> usize {
+    4 * size - 64 - first
+}
+
+#[inline(always)]
+unsafe fn found([a, b]: [__m512i; 2], places: &[u8; 64]) -> __m512i {
+    // SAFETY: the caller has AVX-512 with VBMI; the table has 64 bytes.
+    unsafe { _mm512_permutex2var_epi8(a, _mm512_loadu_si512(places.as_ptr().cast()), b) }
+}
+
+/// The low and the high halves of bytes.
+#[inline(always)]
+unsafe fn nibbles(x: __m512i) -> [__m512i; 2] {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let mask = _mm512_set1_epi8(15);
+        [_mm512_and_si512(x, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(x), mask)]
+    }
+}
+
+/// The 4-bit codes of four blocks of `SIZE` bytes at `p`, each of which ends with sixteen bytes of them from `FIRST` on.
+#[inline(always)]
+unsafe fn four_bits<const FIRST: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has four blocks.
+    unsafe {
+        let places = const { places_of(0, SIZE, apart(FIRST, SIZE), false) };
+        nibbles(found(four_blocks::<FIRST, SIZE>(p), &places))
+    }
+}
+
+/// The same with a fifth bit each, which a block keeps in four bytes from `BITS` on, right before the sixteen.
+#[inline(always)]
+unsafe fn five_bits<const BITS: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has four blocks.
+    unsafe {
+        let blocks = four_blocks::<BITS, SIZE>(p);
+        let places = const {
+            let apart = apart(BITS, SIZE);
+            [places_of(4, SIZE, apart, false), places_of(0, SIZE, apart, true), places_of(2, SIZE, apart, true)]
+        };
+        let codes = nibbles(found(blocks, &places[0]));
+        let bit = _mm512_set1_epi64(0x8040_2010_0804_0201_u64 as i64);
+        let fifth = |codes, places| {
+            let set = _mm512_test_epi8_mask(found(blocks, places), bit);
+            _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16))
+        };
+        [fifth(codes[0], &places[1]), fifth(codes[1], &places[2])]
+    }
+}
+
+/// Eight f16 numbers, the first of which is word `first` and each other `stride` words further.
+const fn places(first: usize, stride: usize) -> [[u16; 32]; 2] {
+    let mut places = [[0; 32]; 2];
+    let mut g = 0;
+    while g < 8 {
+        let word = first + g * stride;
+        places[word / 64][g] = (word % 64) as u16;
+        g += 1;
+    }
+    places
+}
+
+/// Word `FIRST` of each of eight blocks of `SIZE` bytes, which is an f16.
+#[inline(always)]
+unsafe fn halves<const FIRST: usize, const SIZE: usize>(run: *const u8) -> __m256 {
+    // SAFETY: the caller's pointer has eight blocks, and no byte beyond them is read.
+    unsafe {
+        let left = |from: usize| (8 * SIZE).saturating_sub(from).min(64);
+        let load = |from: usize| match left(from) {
+            0 => _mm512_setzero_si512(),
+            64 => _mm512_loadu_si512(run.add(from).cast()),
+            n => _mm512_maskz_loadu_epi8((1 << n) - 1, run.add(from).cast()),
+        };
+        let places = const { places(FIRST, SIZE / 2) };
+        let place = |i: usize| _mm512_loadu_si512(places[i].as_ptr().cast());
+        let found = _mm512_permutex2var_epi16(load(0), place(0), load(64));
+        let found = if 7 * SIZE + 2 * FIRST < 128 {
+            found
+        } else {
+            // The last blocks begin behind the first 128 bytes.
+            let behind = const { (128 - 2 * FIRST).div_ceil(SIZE) };
+            let rest = _mm512_permutex2var_epi16(load(128), place(1), load(192));
+            _mm512_mask_mov_epi16(found, (0xff << behind) & 0xff, rest)
+        };
+        _mm256_cvtph_ps(_mm512_castsi512_si128(found))
+    }
+}
+
+/// Formats of 32 weights with an f16 scale at the start of each block, perhaps an f16 minimum behind it.
+macro_rules! legacy {
+    ($name:ident, |$p:ident| $codes:expr) => {
+        impl Quads for $name {
+            #[inline(always)]
+            unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2] {
+                // SAFETY: the caller keeps to the four blocks.
+                unsafe {
+                    let $p = run.add(4 * i * Self::BYTES);
+                    $codes
+                }
+            }
+            #[inline(always)]
+            unsafe fn factors(run: *const u8) -> [__m512; 2] {
+                // SAFETY: each block begins with its scale, and a format with minimums has them, negated, behind it.
+                unsafe {
+                    let none = _mm512_setzero_ps();
+                    let scales = _mm512_zextps256_ps512(halves::<0, { <$name as BlockFormat>::BYTES }>(run));
+                    if !Self::HAS_MIN {
+                        return [scales, none];
+                    }
+                    let mins = halves::<1, { <$name as BlockFormat>::BYTES }>(run);
+                    [scales, _mm512_sub_ps(none, _mm512_zextps256_ps512(mins))]
+                }
+            }
+        }
+    };
+}
+
+legacy!(Q4_0, |p| four_bits::<2, 18>(p));
+legacy!(Q4_1, |p| four_bits::<4, 20>(p));
+legacy!(Q5_0, |p| five_bits::<2, 22>(p));
+legacy!(Q5_1, |p| five_bits::<4, 24>(p));
+legacy!(Q8_0, |p| {
+    let half = |p: *const u8| _mm256_loadu_si256(p.cast());
+    let two = |p: *const u8| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(p.add(2))), half(p.add(36)));
+    let (a, b) = (two(p), two(p.add(68)));
+    let raise = _mm512_set1_epi8(-128);
+    let (first, last) = (_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
+    [_mm512_xor_si512(first, raise), _mm512_xor_si512(last, raise)]
+});
+legacy!(IQ4_NL, |p| raised(&IQ4_TABLE, 128, four_bits::<2, 18>(p)));
+
+/// Entries of a table, raised.
+#[inline(always)]
+unsafe fn raised(table: &[i8; 16], by: u8, codes: [__m512i; 2]) -> [__m512i; 2] {
+    // SAFETY: the caller has AVX-512; the table has 16 bytes.
+    unsafe {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+        let table = _mm512_add_epi8(table, _mm512_set1_epi8(by as i8));
+        [_mm512_shuffle_epi8(table, codes[0]), _mm512_shuffle_epi8(table, codes[1])]
+    }
+}
+
+/// The 4-bit codes of four groups that lie as two in each 32 bytes, one in the low halves and one in the high ones.
+#[inline(always)]
+unsafe fn side_by_side(p: *const u8) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has 64 bytes.
+    unsafe {
+        let x = _mm512_loadu_si512(p.cast());
+        let by = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+        let part = |x| _mm512_and_si512(_mm512_srlv_epi64(x, by), _mm512_set1_epi8(15));
+        [part(_mm512_shuffle_i64x2::<0xa0>(x, x)), part(_mm512_shuffle_i64x2::<0xf5>(x, x))]
+    }
+}
+
+/// 32 bytes twice.
+#[inline(always)]
+unsafe fn doubled(p: *const u8) -> __m512i {
+    // SAFETY: the caller's pointer has 32 bytes.
+    unsafe { _mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast())) }
+}
+
+/// Each half shifted by its own count.
+#[inline(always)]
+unsafe fn shifted(x: __m512i, low: usize, high: usize) -> __m512i {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let (low, high) = (low as i64, high as i64);
+        _mm512_srlv_epi64(x, _mm512_setr_epi64(low, low, low, low, high, high, high, high))
+    }
+}
+
+/// `codes` with `value` added where the bit `2 i` (in the upper half `2 i + 1`) of 32 bytes is set.
+#[inline(always)]
+unsafe fn with_bit(codes: __m512i, bits: *const u8, i: usize, value: i8) -> __m512i {
+    // SAFETY: the caller's pointer has 32 bytes.
+    unsafe {
+        let (low, high) = (0x0101_0101_0101_0101 << (2 * i), (0x0202_0202_0202_0202_u64 << (2 * i)) as i64);
+        let wanted = _mm512_setr_epi64(low, low, low, low, high, high, high, high);
+        let set = _mm512_test_epi8_mask(doubled(bits), wanted);
+        _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(value))
+    }
+}
+
+/// Scales and minimums of `Q4_K` and `Q5_K`: two f16 numbers and twelve bytes of 6-bit ones.
+#[inline(always)]
+unsafe fn six_bits(run: *const u8) -> [__m512; 2] {
+    // SAFETY: the caller's pointer has 16 bytes.
+    unsafe {
+        let x = _mm_loadu_si128(run.cast());
+        // Bytes 4 to 7 hold the first four scales and, in their upper two bits, those of the last four; 8 to 11 the
+        // same for minimums; 12 to 15 the low four bits of the last four scales and, above them, of the minimums.
+        let low = _mm_shuffle_epi8(x, _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+        let shifts = _mm_setr_epi8(0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 36, 44, 52, 60);
+        let low = _mm_and_si128(
+            _mm_multishift_epi64_epi8(shifts, low),
+            _mm_setr_epi32(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f),
+        );
+        let high = _mm_shuffle_epi8(x, _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+        let high = _mm_and_si128(_mm_srli_epi16::<2>(high), _mm_set1_epi8(0x30));
+        let numbers = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_or_si128(low, high)));
+        let first = _mm256_setr_epi16(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+        let by = _mm512_cvtph_ps(_mm256_permutexvar_epi16(first, _mm256_castsi128_si256(x)));
+        let both = _mm512_mul_ps(by, numbers);
+        let part = |half| _mm512_zextps256_ps512(half);
+        [part(_mm512_castps512_ps256(both)), part(_mm512_extractf32x8_ps::<1>(both))]
+    }
+}
+
+macro_rules! k_quant {
+    ($name:ident, |$run:ident, $i:ident| $codes:expr $(, $factors:ident)?) => {
+        impl Quads for $name {
+            #[inline(always)]
+            unsafe fn quad($run: *const u8, $i: usize) -> [__m512i; 2] {
+                // SAFETY: the caller keeps to the block.
+                unsafe { $codes }
+            }
+            $(#[inline(always)]
+            unsafe fn factors(run: *const u8) -> [__m512; 2] {
+                // SAFETY: a block begins with them.
+                unsafe { $factors(run) }
+            })?
+        }
+    };
+}
+
+k_quant!(Q2_K, |run, i| {
+    let part = |by| _mm512_and_si512(shifted(doubled(run.add(16 + 32 * i)), by, by + 2), _mm512_set1_epi8(3));
+    [part(0), part(4)]
+});
+k_quant!(Q3_K, |run, i| {
+    let part = |by| _mm512_and_si512(shifted(doubled(run.add(32 + 32 * i)), by, by + 2), _mm512_set1_epi8(3));
+    [with_bit(part(0), run, 2 * i, 4), with_bit(part(4), run, 2 * i + 1, 4)]
+});
+k_quant!(Q4_K, |run, i| side_by_side(run.add(16 + 64 * i)), six_bits);
+k_quant!(
+    Q5_K,
+    |run, i| {
+        let codes = side_by_side(run.add(48 + 64 * i));
+        let bit = |k: usize| 0x0101_0101_0101_0101 << (4 * i + k);
+        let bit = _mm512_setr_epi64(bit(0), bit(0), bit(1), bit(1), bit(2), bit(2), bit(3), bit(3) as i64);
+        let fifth = |codes, p: *const u8| {
+            let set = _mm512_test_epi8_mask(_mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())), bit);
+            _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16))
+        };
+        [fifth(codes[0], run.add(16)), fifth(codes[1], run.add(32))]
+    },
+    six_bits
+);
+k_quant!(Q6_K, |run, i| {
+    let low = nibbles(_mm512_loadu_si512(run.add(64 * i).cast()));
+    let high = doubled(run.add(128 + 32 * i));
+    // To bits 4 and 5.
+    let high = [_mm512_sllv_epi64(high, _mm512_setr_epi64(4, 4, 4, 4, 2, 2, 2, 2)), shifted(high, 0, 2)];
+    let both = |h: usize| _mm512_or_si512(low[h], _mm512_and_si512(high[h], _mm512_set1_epi8(0x30)));
+    [both(0), both(1)]
+});
+k_quant!(IQ4_XS, |run, i| raised(&IQ4_TABLE, 128, nibbles(_mm512_loadu_si512(run.add(8 + 64 * i).cast()))));
+
+/// `$function::<$format>` for the formats that come in fours.
+macro_rules! by_quads {
+    ($format:expr, $function:ident) => {
+        if !$crate::kernels::codes512::available() {
+            None
+        } else {
+            use $crate::formats::*;
+            match $format {
+                Format::Q4_0 => Some($function::<Q4_0>),
+                Format::Q4_1 => Some($function::<Q4_1>),
+                Format::Q5_0 => Some($function::<Q5_0>),
+                Format::Q5_1 => Some($function::<Q5_1>),
+                Format::Q8_0 => Some($function::<Q8_0>),
+                Format::Q2_K => Some($function::<Q2_K>),
+                Format::Q3_K => Some($function::<Q3_K>),
+                Format::Q4_K => Some($function::<Q4_K>),
+                Format::Q5_K => Some($function::<Q5_K>),
+                Format::Q6_K => Some($function::<Q6_K>),
+                Format::IQ4_NL => Some($function::<IQ4_NL>),
+                Format::IQ4_XS => Some($function::<IQ4_XS>),
+                _ => None,
+            }
+        }
+    };
+}
+pub(super) use by_quads;
