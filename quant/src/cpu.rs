@@ -1,6 +1,7 @@
 use crate::kernels::{Isa, Kernels};
-use crate::matmul::PromptRounding;
+use crate::matmul::{Order, PromptRounding};
 use crate::threads::Team;
+use std::sync::Mutex;
 
 /// This machine's processor as the rest of the crate uses it: the worker team and the kernels of one instruction set.
 /// The operations are in [`crate::matmul`] and [`crate::ops`].
@@ -10,6 +11,7 @@ pub struct Cpu {
     pub(crate) prompt_rounding: PromptRounding,
     pub(crate) half_attention: bool,
     pub(crate) coarse_floats: bool,
+    pub(crate) order: Mutex<Order>,
 }
 
 impl Cpu {
@@ -21,6 +23,7 @@ impl Cpu {
             prompt_rounding: PromptRounding::default(),
             half_attention: false,
             coarse_floats: false,
+            order: Mutex::default(),
         }
     }
 

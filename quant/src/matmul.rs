@@ -17,6 +17,7 @@
 //! Sums of integer products are exact within a scale group, and f32 across groups.
 
 mod backward;
+mod few;
 mod floats;
 
 use crate::buffer::Aligned;
@@ -27,6 +28,7 @@ use crate::kernels::{
     CodePanel, GemmShape, HalfKernels, HalfRows, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK,
 };
 use crate::threads::Disjoint;
+pub(crate) use few::Order;
 use std::cell::RefCell;
 
 /// Which of the two shapes of work this is. The caller says so by what the rows are, not by how many there happen to
@@ -245,6 +247,7 @@ impl Cpu {
                     self.few_rows(x, rounded.rows(cols), n, weights, &out);
                 }
                 (Phase::Prompt, half) => {
+                    self.team.look_ahead(&[]);
                     // What asks to be met finely is not rounded to bf16.
                     let half = half.filter(|_| !weights.iter().any(|w| w.fine));
                     let rounded_floats = weights.iter().any(|w| self.rounds_floats(w));
@@ -288,61 +291,6 @@ impl Cpu {
     /// The kernels for bf16, where they are to be used.
     fn half(&self) -> Option<HalfKernels> {
         self.kernels.half.filter(|_| self.fine())
-    }
-
-    fn few_rows(
-        &self,
-        x: &[f32],
-        quantized: QuantizedRows<'_>,
-        n: usize,
-        weights: &[Matrix<'_>],
-        out: &[Disjoint<'_, f32>],
-    ) {
-        // A few tasks a thread: long stretches of memory, so that what a kernel fetches ahead is its own, and yet the
-        // thread that is free first takes more. (A row's sum does not depend on the cut.)
-        let cols = quantized.cols;
-        let total: usize = weights.iter().map(|w| w.data.len()).sum();
-        let share = (total / (4 * self.threads())).max(32 << 10);
-        let tasks = tasks(weights, |w| (share / w.row_bytes().max(1)).next_multiple_of(8));
-        self.team.run(tasks.len(), &|t| {
-            let (i, rows) = (tasks[t].0, tasks[t].1.clone());
-            let w = &weights[i];
-            if n > 1
-                && !w.fine
-                && w.format.is_coded()
-                && let Some(together) = (self.kernels.dot_batch)(w.format)
-            {
-                let mut tile = vec![0.0; n * rows.len()];
-                let data = &w.data[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
-                together(data, quantized, 0..n, &mut tile);
-                for (r, from) in tile.chunks_exact(rows.len()).enumerate() {
-                    // SAFETY: a row range of a matrix belongs to one task.
-                    unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) }.copy_from_slice(from);
-                }
-                return;
-            }
-            // Several rows of activations take turns at a part that stays in the nearest cache.
-            let step = if n == 1 && !w.fine { rows.len() } else { (16384 / w.row_bytes().max(1)).next_multiple_of(8) };
-            let mut rest = vec![0f32; if w.fine { step.min(rows.len()) } else { 0 }];
-            for start in rows.clone().step_by(step.max(1)) {
-                let end = rows.end.min(start + step);
-                let data = &w.data[start * w.row_bytes()..end * w.row_bytes()];
-                for r in 0..n {
-                    // SAFETY: a row range of a matrix belongs to one task.
-                    let out = unsafe { out[i].slice(r * w.rows + start..r * w.rows + end) };
-                    if !w.format.is_coded() {
-                        (self.kernels.dot_floats)(w.format)(data, &x[r * cols..(r + 1) * cols], out);
-                    } else {
-                        (self.kernels.dot_codes)(w.format)(data, quantized.row(r), out);
-                    }
-                    if w.fine {
-                        let rest = &mut rest[..end - start];
-                        (self.kernels.dot_codes)(w.format)(data, quantized.row(n + r), rest);
-                        (self.kernels.lanes.add)(rest, out);
-                    }
-                }
-            }
-        });
     }
 
     fn many_rows(

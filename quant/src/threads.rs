@@ -1,10 +1,13 @@
 //! The worker team: hands out short parallel steps in microseconds.
 
+mod stretches;
+
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use stretches::{Ahead, Stretches};
 
 /// A token of a small model is hundreds of steps of a few microseconds each: a worker that has run out of work looks
 /// this many times for the next step (some 200 microseconds) before it goes to sleep.
@@ -13,6 +16,9 @@ const SPINS: u32 = 4000;
 /// Set in `Shared::gate` when the step takes no more workers.
 const CLOSED: u64 = 1 << 31;
 
+/// `Shared::next` of a step whose tasks are taken from [`Stretches`].
+const IN_STRETCHES: usize = usize::MAX;
+
 type Step = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
@@ -20,7 +26,10 @@ struct Shared {
     gate: AtomicU64,
     step: UnsafeCell<Option<Step>>,
     tasks: AtomicUsize,
+    /// The next task, or `IN_STRETCHES`.
     next: AtomicUsize,
+    stretches: Stretches,
+    ahead: Ahead,
     left: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -54,6 +63,8 @@ impl Team {
             step: UnsafeCell::new(None),
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            stretches: Stretches::new(threads),
+            ahead: Ahead::new(threads),
             left: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -64,7 +75,7 @@ impl Team {
         let workers = (1..threads)
             .map_while(|i| {
                 let shared = shared.clone();
-                std::thread::Builder::new().name(format!("worker-{i}")).spawn(move || work(&shared)).ok()
+                std::thread::Builder::new().name(format!("worker-{i}")).spawn(move || work(&shared, i)).ok()
             })
             .collect();
         Team { shared, workers, turn: Mutex::new(()) }
@@ -81,6 +92,32 @@ impl Team {
     /// # Panics
     /// When a task panicked.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.step(tasks, false, task);
+    }
+
+    /// [`Team::run`] for tasks that lie one behind another in memory: each thread takes those of a stretch of its own,
+    /// in their order, so that what it fetches ahead is what it takes next; one that has finished its stretch takes
+    /// from the ends of the others'.
+    ///
+    /// # Panics
+    /// When a task panicked.
+    pub fn run_in_stretches(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.step(tasks, true, task);
+    }
+
+    /// The first task of each thread's stretch of `tasks`.
+    pub(crate) fn stretches(&self, tasks: usize) -> impl Iterator<Item = usize> + Clone + use<> {
+        let threads = self.shared.stretches.len();
+        (0..threads).map(move |i| stretches::first(tasks, threads, i))
+    }
+
+    /// Where the memory begins that each thread will probably read when the next steps have passed: threads that wait
+    /// have some of it fetched meanwhile. Empty: nowhere.
+    pub(crate) fn look_ahead(&self, starts: &[usize]) {
+        self.shared.ahead.set(starts);
+    }
+
+    fn step(&self, tasks: usize, in_stretches: bool, task: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
             (0..tasks).for_each(task);
             return;
@@ -92,7 +129,10 @@ impl Team {
         // SAFETY: the gate is closed and every worker that had joined has left: nobody else looks at the cell.
         unsafe { *shared.step.get() = Some(step) };
         shared.tasks.store(tasks, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        shared.next.store(if in_stretches { IN_STRETCHES } else { 0 }, Ordering::Relaxed);
+        if in_stretches {
+            shared.stretches.lay_out(tasks);
+        }
         shared.left.store(0, Ordering::Relaxed);
         let number = (shared.gate.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
         shared.gate.store(number, Ordering::SeqCst);
@@ -101,15 +141,17 @@ impl Team {
             shared.alarm.notify_all();
         }
         INSIDE.set(true);
-        let mine = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, task)));
+        let mine = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, 0, task)));
         INSIDE.set(false);
         if mine.is_err() {
-            shared.next.store(tasks, Ordering::Relaxed);
+            shared.drop_tasks();
         }
         let joined = (shared.gate.fetch_or(CLOSED, Ordering::AcqRel) & (CLOSED - 1)) as usize;
         let mut looks = 0u32;
         while shared.left.load(Ordering::Acquire) != joined {
-            wait_a_little(&mut looks);
+            if !shared.ahead.fetch(0) {
+                wait_a_little(&mut looks);
+            }
         }
         let theirs = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = mine {
@@ -140,7 +182,25 @@ fn wait_a_little(looks: &mut u32) {
     }
 }
 
-fn take_tasks(shared: &Shared, task: &(dyn Fn(usize) + Sync)) {
+impl Shared {
+    /// Leaves no task to be taken.
+    fn drop_tasks(&self) {
+        if self.next.load(Ordering::Relaxed) == IN_STRETCHES {
+            self.stretches.lay_out(0);
+        } else {
+            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Takes tasks as thread `me` until there are none.
+fn take_tasks(shared: &Shared, me: usize, task: &(dyn Fn(usize) + Sync)) {
+    if shared.next.load(Ordering::Relaxed) == IN_STRETCHES {
+        while let Some(i) = shared.stretches.take(me) {
+            task(i);
+        }
+        return;
+    }
     let tasks = shared.tasks.load(Ordering::Relaxed);
     loop {
         let i = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -151,7 +211,7 @@ fn take_tasks(shared: &Shared, task: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-fn work(shared: &Shared) {
+fn work(shared: &Shared, me: usize) {
     INSIDE.set(true);
     let mut done = 0u64;
     loop {
@@ -163,6 +223,9 @@ fn work(shared: &Shared) {
             }
             if shared.stop.load(Ordering::Relaxed) {
                 return;
+            }
+            if shared.ahead.fetch(me) {
+                continue;
             }
             if looks < SPINS {
                 wait_a_little(&mut looks);
@@ -185,9 +248,9 @@ fn work(shared: &Shared) {
         // SAFETY: having joined, this worker is waited for before the cell is written again or `run` returns.
         let step = unsafe { (*shared.step.get()).map(|step| &*step) };
         if let Some(task) = step
-            && catch_unwind(AssertUnwindSafe(|| take_tasks(shared, task))).is_err()
+            && catch_unwind(AssertUnwindSafe(|| take_tasks(shared, me, task))).is_err()
         {
-            shared.next.store(usize::MAX / 2, Ordering::Relaxed);
+            shared.drop_tasks();
             shared.panicked.store(true, Ordering::Relaxed);
         }
         shared.left.fetch_add(1, Ordering::Release);
@@ -237,9 +300,9 @@ mod tests {
             let team = Team::new(threads);
             assert_eq!(team.threads(), threads);
             for tasks in [0, 1, 2, 5, 64, 1000] {
-                for _ in 0..20 {
+                for turn in 0..40 {
                     let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                    team.run(tasks, &|i| {
+                    team.step(tasks, turn % 2 == 1, &|i| {
                         counts[i].fetch_add(1, Ordering::Relaxed);
                     });
                     assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
@@ -282,9 +345,9 @@ mod tests {
     #[test]
     fn a_panic_reaches_the_caller_and_the_team_lives_on() {
         let team = Team::new(4);
-        for _ in 0..10 {
+        for turn in 0..20 {
             let caught = catch_unwind(AssertUnwindSafe(|| {
-                team.run(50, &|i| {
+                team.step(50, turn % 2 == 1, &|i| {
                     if i == 25 {
                         std::panic::resume_unwind(Box::new("on purpose"));
                     }
