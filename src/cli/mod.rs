@@ -35,7 +35,7 @@ use std::process::ExitCode;
     after_help = "MODEL is a .gguf file (or the first of a split set), a Hugging Face directory, or the name of a \
     model in the local store, which `rushlight pull` fills (`rushlight list` shows it).\n\nThe store is \
     $RUSHLIGHT_HOME/models; without RUSHLIGHT_HOME it is in the system's place for application data \
-    (~/.local/share/rushlight on Linux). RUSHLIGHT_ISA=scalar|avx2|avx512|amx|neon forces a set of kernels.\n\nExit \
+    (~/.local/share/rushlight on Linux). RUSHLIGHT_ISA=scalar|avx2|avxvnni|avx512|amx|neon forces a set of kernels.\n\nExit \
     status: 0 done, 1 the work failed, 2 the arguments are wrong."
 )]
 struct Cli {

@@ -70,6 +70,19 @@ impl Dot for Pairs {
             _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
+
+    #[inline(always)]
+    unsafe fn dots(start: __m256i, zero: u8, codes: [__m256i; 2], a: [__m256i; 2]) -> __m256i {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            if zero == 128 {
+                return Self::dot(Self::dot(start, zero, codes[0], a[0]), zero, codes[1], a[1]);
+            }
+            // Codes below 64: the sum of four products fits 16 bits.
+            let fours = _mm256_add_epi16(_mm256_maddubs_epi16(codes[0], a[0]), _mm256_maddubs_epi16(codes[1], a[1]));
+            _mm256_add_epi32(start, _mm256_madd_epi16(fours, _mm256_set1_epi16(1)))
+        }
+    }
 }
 
 fn dot_codes(format: Format) -> DotCodes {

@@ -3,7 +3,9 @@
 
 use super::codes256::{Codes, Dot, by_codes};
 use super::scalar::{self, pack_codes_of};
-use super::{CodePanel, DotCodes, Kernels, PANEL, PackCodes, Peaks, QuantizedRow, QuantizedRows, avx2, few256, peaks};
+use super::{
+    CodePanel, DotCodes, Isa, Kernels, PANEL, PackCodes, Peaks, QuantizedRow, QuantizedRows, avx2, few256, peaks,
+};
 use crate::formats::{BlockFormat, Format, Visitor};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -14,7 +16,7 @@ pub(super) fn available() -> bool {
 
 pub(super) fn kernels() -> Kernels {
     let peaks = Peaks { int8: Some(peaks::int8_vnni_256), ..peaks::AVX2 };
-    Kernels { biased_codes: true, dot_codes, pack_codes, mul_panels, peaks, ..avx2::kernels() }
+    Kernels { isa: Isa::AvxVnni, biased_codes: true, dot_codes, pack_codes, mul_panels, peaks, ..avx2::kernels() }
 }
 
 struct Vnni;

@@ -1,6 +1,8 @@
 //! Block formats in 256-bit registers: how each one's codes and scales are taken out of a block. Shared by AVX2 and
 //! AVX-512, which differ in how they multiply bytes.
 
+mod kquants;
+
 use crate::formats::*;
 use std::arch::x86_64::*;
 
@@ -20,6 +22,17 @@ pub(super) trait Codes: BlockFormat {
 
     /// Codes of group `g`, raised by `ZERO`.
     unsafe fn codes(run: *const u8, g: usize) -> __m256i;
+    /// Codes of the groups `2 i` and `2 i + 1`: the first sixteen of each in the first register, a half for each group, so
+    /// that the products of a group end in four lanes and one conversion serves both. With `HALVES`, a group in each
+    /// register: a half is what shares a scale.
+    #[inline(always)]
+    unsafe fn pair(run: *const u8, i: usize) -> [__m256i; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (a, b) = (Self::codes(run, 2 * i), Self::codes(run, 2 * i + 1));
+            if Self::HALVES { [a, b] } else { halves_joined(a, b) }
+        }
+    }
     /// Scales: one a group in `[0]`, or with `HALVES` one a half in both.
     unsafe fn scales(run: *const u8) -> [__m256; 2];
     /// Minimums, likewise.
@@ -38,12 +51,37 @@ pub(super) trait Dot {
     unsafe fn start(zero: u8, a: __m256i) -> __m256i;
     /// Adds the products of the codes (less `zero`) and `a`, summed by fours, to what `start` gave.
     unsafe fn dot(start: __m256i, zero: u8, codes: __m256i, a: __m256i) -> __m256i;
+    /// The same for two registers, whose sums are added.
+    #[inline(always)]
+    unsafe fn dots(start: __m256i, zero: u8, codes: [__m256i; 2], a: [__m256i; 2]) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe { Self::dot(Self::dot(start, zero, codes[0], a[0]), zero, codes[1], a[1]) }
+    }
 }
 
 #[inline(always)]
 unsafe fn load(p: *const u8) -> __m256i {
     // SAFETY: the caller's pointer has 32 bytes.
     unsafe { _mm256_loadu_si256(p.cast()) }
+}
+
+/// The lower halves of both, and the upper ones.
+#[inline(always)]
+pub(super) unsafe fn halves_joined(a: __m256i, b: __m256i) -> [__m256i; 2] {
+    // SAFETY: the caller has AVX2.
+    unsafe { [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)] }
+}
+
+/// The low and the high halves of twice 16 bytes.
+#[inline(always)]
+unsafe fn nibbles_of_two(a: *const u8, b: *const u8) -> [__m256i; 2] {
+    // SAFETY: both of the caller's pointers have 16 bytes.
+    unsafe {
+        let (a, b) = (_mm_loadu_si128(a.cast()), _mm_loadu_si128(b.cast()));
+        let x = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
+        let mask = _mm256_set1_epi8(15);
+        [_mm256_and_si256(x, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask)]
+    }
 }
 
 /// 16 bytes of two 4-bit codes: the low ones first.
@@ -127,9 +165,17 @@ unsafe fn lookup(table: &[i8; 16], raise: u8, nibbles: __m256i) -> __m256i {
 
 /// Formats of 32 weights: an f16 scale at the start of each block, perhaps an f16 minimum behind it.
 macro_rules! legacy {
-    ($name:ident, $zero:expr, |$block:ident| $codes:expr) => {
+    ($name:ident, $zero:expr, |$block:ident| $codes:expr $(, |$p:ident| $pair:expr)?) => {
         impl Codes for $name {
             const ZERO: u8 = $zero;
+            $(#[inline(always)]
+            unsafe fn pair(run: *const u8, i: usize) -> [__m256i; 2] {
+                // SAFETY: the caller keeps to the two blocks.
+                unsafe {
+                    let $p = run.add(2 * i * Self::BYTES);
+                    $pair
+                }
+            })?
             #[inline(always)]
             unsafe fn codes(run: *const u8, g: usize) -> __m256i {
                 // SAFETY: the caller keeps to the block.
@@ -164,12 +210,15 @@ macro_rules! legacy {
     };
 }
 
-legacy!(Q4_0, 8, |b| nibbles(b.add(2)));
-legacy!(Q4_1, 0, |b| nibbles(b.add(4)));
+legacy!(Q4_0, 8, |b| nibbles(b.add(2)), |p| nibbles_of_two(p.add(2), p.add(20)));
+legacy!(Q4_1, 0, |b| nibbles(b.add(4)), |p| nibbles_of_two(p.add(4), p.add(24)));
 legacy!(Q5_0, 16, |b| _mm256_or_si256(nibbles(b.add(6)), bits(b.add(2), 16)));
 legacy!(Q5_1, 0, |b| _mm256_or_si256(nibbles(b.add(8)), bits(b.add(4), 16)));
 legacy!(Q8_0, 128, |b| _mm256_xor_si256(load(b.add(2)), _mm256_set1_epi8(-128)));
-legacy!(IQ4_NL, 128, |b| lookup(&IQ4_TABLE, 128, nibbles(b.add(2))));
+legacy!(IQ4_NL, 128, |b| lookup(&IQ4_TABLE, 128, nibbles(b.add(2))), |p| {
+    let [a, b] = nibbles_of_two(p.add(2), p.add(20));
+    [lookup(&IQ4_TABLE, 128, a), lookup(&IQ4_TABLE, 128, b)]
+});
 
 legacy!(Q4_Z, 16, |b| _mm256_add_epi8(nibbles(b.add(3)), _mm256_set1_epi8(16 - *b.add(2) as i8)));
 
@@ -238,198 +287,6 @@ impl Codes for MXFP4 {
     unsafe fn mins(_: *const u8) -> [__m256; 2] {
         // SAFETY: the caller has AVX2.
         unsafe { [_mm256_setzero_ps(); 2] }
-    }
-}
-
-impl Codes for Q2_K {
-    const ZERO: u8 = 0;
-    #[inline(always)]
-    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
-        // SAFETY: the caller keeps to the block.
-        unsafe { _mm256_and_si256(shift_right(load(run.add(16 + 32 * (g / 4))), 2 * (g % 4)), _mm256_set1_epi8(3)) }
-    }
-    #[inline(always)]
-    unsafe fn scales(run: *const u8) -> [__m256; 2] {
-        // SAFETY: 16 bytes of scales at the start, f16 at 80.
-        unsafe {
-            let s = _mm_and_si128(_mm_loadu_si128(run.cast()), _mm_set1_epi8(15));
-            let d = half_at(run.add(80));
-            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
-        }
-    }
-    #[inline(always)]
-    unsafe fn mins(run: *const u8) -> [__m256; 2] {
-        // SAFETY: 16 bytes of minimums at the start, f16 at 82.
-        unsafe {
-            let m = _mm_and_si128(_mm_srli_epi16::<4>(_mm_loadu_si128(run.cast())), _mm_set1_epi8(15));
-            let d = half_at(run.add(82));
-            [_mm256_mul_ps(d, bytes_to_f32(m)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(m)))]
-        }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
-    }
-}
-
-impl Codes for Q3_K {
-    const ZERO: u8 = 4;
-    #[inline(always)]
-    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
-        // SAFETY: the caller keeps to the block.
-        unsafe {
-            let low = _mm256_and_si256(shift_right(load(run.add(32 + 32 * (g / 4))), 2 * (g % 4)), _mm256_set1_epi8(3));
-            let high = _mm256_and_si256(shift_right(load(run), g), _mm256_set1_epi8(1));
-            _mm256_or_si256(low, _mm256_slli_epi16::<2>(high))
-        }
-    }
-    #[inline(always)]
-    unsafe fn scales(run: *const u8) -> [__m256; 2] {
-        // SAFETY: 12 bytes of scales at 96, f16 at 108.
-        unsafe {
-            let word = |i: usize| run.add(96 + 4 * i).cast::<u32>().read_unaligned();
-            let (a, b, c) = (word(0), word(1), word(2));
-            let (low, two) = (0x0f0f_0f0f, 0x0303_0303);
-            let s = _mm_setr_epi32(
-                (a & low | (c & two) << 4) as i32,
-                (b & low | (c >> 2 & two) << 4) as i32,
-                (a >> 4 & low | (c >> 4 & two) << 4) as i32,
-                (b >> 4 & low | (c >> 6 & two) << 4) as i32,
-            );
-            let s = _mm_sub_epi8(s, _mm_set1_epi8(32));
-            let d = half_at(run.add(108));
-            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
-        }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
-    }
-}
-
-/// The 6-bit scales and minimums of `Q4_K` and `Q5_K`, eight bytes each.
-#[inline(always)]
-unsafe fn six_bits(p: *const u8) -> (__m128i, __m128i) {
-    // SAFETY: the caller's pointer has 12 bytes.
-    unsafe {
-        let word = |i: usize| p.add(4 * i).cast::<u32>().read_unaligned();
-        let (a, b, c) = (word(0), word(1), word(2));
-        let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x0303_0303);
-        let scales = _mm_setr_epi32((a & six) as i32, (c & four | (a >> 6 & two) << 4) as i32, 0, 0);
-        let mins = _mm_setr_epi32((b & six) as i32, (c >> 4 & four | (b >> 6 & two) << 4) as i32, 0, 0);
-        (scales, mins)
-    }
-}
-
-macro_rules! four_and_five_bits {
-    ($name:ident, |$block:ident, $g:ident| $codes:expr) => {
-        impl Codes for $name {
-            const ZERO: u8 = 0;
-            #[inline(always)]
-            unsafe fn codes($block: *const u8, $g: usize) -> __m256i {
-                // SAFETY: the caller keeps to the block.
-                unsafe { $codes }
-            }
-            #[inline(always)]
-            unsafe fn scales(run: *const u8) -> [__m256; 2] {
-                // SAFETY: f16 at the start, packed scales at 4.
-                unsafe { [_mm256_mul_ps(half_at(run), bytes_to_f32(six_bits(run.add(4)).0)), _mm256_setzero_ps()] }
-            }
-            #[inline(always)]
-            unsafe fn mins(run: *const u8) -> [__m256; 2] {
-                // SAFETY: f16 at 2, packed minimums at 4.
-                unsafe {
-                    [_mm256_mul_ps(half_at(run.add(2)), bytes_to_f32(six_bits(run.add(4)).1)), _mm256_setzero_ps()]
-                }
-            }
-            #[inline(always)]
-            unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-                unreachable!("blocks of 256 are whole runs")
-            }
-        }
-    };
-}
-
-four_and_five_bits!(Q4_K, |b, g| _mm256_and_si256(
-    shift_right(load(b.add(16 + 32 * (g / 2))), 4 * (g % 2)),
-    _mm256_set1_epi8(15)
-));
-four_and_five_bits!(Q5_K, |b, g| {
-    let low = _mm256_and_si256(shift_right(load(b.add(48 + 32 * (g / 2))), 4 * (g % 2)), _mm256_set1_epi8(15));
-    let high = _mm256_and_si256(shift_right(load(b.add(16)), g), _mm256_set1_epi8(1));
-    _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))
-});
-
-impl Codes for Q6_K {
-    const ZERO: u8 = 32;
-    #[inline(always)]
-    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
-        // SAFETY: the caller keeps to the block.
-        unsafe {
-            let (half, quarter) = (g / 4, g % 4);
-            let low = shift_right(load(run.add(64 * half + 32 * (quarter % 2))), 4 * (quarter / 2));
-            let high = shift_right(load(run.add(128 + 32 * half)), 2 * quarter);
-            _mm256_or_si256(
-                _mm256_and_si256(low, _mm256_set1_epi8(15)),
-                _mm256_slli_epi16::<4>(_mm256_and_si256(high, _mm256_set1_epi8(3))),
-            )
-        }
-    }
-    #[inline(always)]
-    unsafe fn scales(run: *const u8) -> [__m256; 2] {
-        // SAFETY: 16 bytes of scales at 192, f16 at 208.
-        unsafe {
-            let s = _mm_loadu_si128(run.add(192).cast());
-            let d = half_at(run.add(208));
-            [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
-        }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
-    }
-}
-
-impl Codes for IQ4_XS {
-    const ZERO: u8 = 128;
-    #[inline(always)]
-    unsafe fn codes(run: *const u8, g: usize) -> __m256i {
-        // SAFETY: the caller keeps to the block.
-        unsafe { lookup(&IQ4_TABLE, 128, nibbles(run.add(8 + 16 * g))) }
-    }
-    #[inline(always)]
-    unsafe fn scales(run: *const u8) -> [__m256; 2] {
-        // SAFETY: f16 at the start, high bits at 2, low ones at 4.
-        unsafe {
-            let high = u32::from(run.add(2).cast::<u16>().read_unaligned());
-            let low = run.add(4).cast::<u32>().read_unaligned();
-            let counts = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-            let low = _mm256_srlv_epi32(_mm256_set1_epi32(low as i32), _mm256_slli_epi32::<2>(counts));
-            let high = _mm256_srlv_epi32(_mm256_set1_epi32(high as i32), _mm256_slli_epi32::<1>(counts));
-            let high = _mm256_slli_epi32::<4>(_mm256_and_si256(high, _mm256_set1_epi32(3)));
-            let s = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(15)), high);
-            let s = _mm256_cvtepi32_ps(_mm256_sub_epi32(s, _mm256_set1_epi32(32)));
-            [_mm256_mul_ps(half_at(run), s), _mm256_setzero_ps()]
-        }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
     }
 }
 

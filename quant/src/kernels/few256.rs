@@ -1,7 +1,7 @@
 //! The few-row product in 256-bit registers, written once over [`Codes`] for AVX2 and AVX-512.
 
 use super::QuantizedRow;
-use super::codes256::{Codes, Dot};
+use super::codes256::{Codes, Dot, halves_joined};
 use std::arch::x86_64::*;
 
 /// See [`super::DotCodes`].
@@ -29,43 +29,6 @@ pub(super) unsafe fn dot_codes<C: Codes, D: Dot>(data: &[u8], x: QuantizedRow<'_
             row = row.add(row_bytes);
         }
     }
-}
-
-macro_rules! eight_times {
-    ($g:ident => $body:expr) => {{
-        {
-            const $g: usize = 0;
-            $body
-        }
-        {
-            const $g: usize = 1;
-            $body
-        }
-        {
-            const $g: usize = 2;
-            $body
-        }
-        {
-            const $g: usize = 3;
-            $body
-        }
-        {
-            const $g: usize = 4;
-            $body
-        }
-        {
-            const $g: usize = 5;
-            $body
-        }
-        {
-            const $g: usize = 6;
-            $body
-        }
-        {
-            const $g: usize = 7;
-            $body
-        }
-    }};
 }
 
 #[repr(align(64))]
@@ -117,31 +80,49 @@ unsafe fn prepare<C: Codes, const R: usize>(
     }
 }
 
-/// Adds the products of group `g` of the run at `first` and of the 32 activations at `q`.
+/// Which of eight factors meet the eight sums that begin with factor `first`.
+const fn spread(first: usize) -> [i32; 8] {
+    let mut from = [0; 8];
+    let mut lane = 0;
+    while lane < 8 {
+        from[lane] = (first + lane / 4) as i32;
+        lane += 1;
+    }
+    from
+}
+const SPREAD: [[i32; 8]; 4] = [spread(0), spread(2), spread(4), spread(6)];
+
+/// Adds the products of the groups `2 I` and `2 I + 1` of the run at `first` and of the 64 activations at `q`.
 #[inline(always)]
-unsafe fn multiply<C: Codes, D: Dot, const R: usize>(
+unsafe fn multiply<C: Codes, D: Dot, const R: usize, const I: usize>(
     first: *const u8,
     row_bytes: usize,
-    g: usize,
     q: *const i8,
     factors: &[Factors; R],
     sums: &mut [__m256; R],
 ) {
-    // SAFETY: the caller vouches for the group in each row and for 32 activations.
+    // SAFETY: the caller vouches for the groups in each row and for 64 activations.
     unsafe {
-        let a = _mm256_loadu_si256(q.cast());
-        let start = D::start(C::ZERO, a);
+        let a = [_mm256_loadu_si256(q.cast()), _mm256_loadu_si256(q.add(32).cast())];
+        let a = if C::HALVES { a } else { halves_joined(a[0], a[1]) };
+        let start = [D::start(C::ZERO, a[0]), D::start(C::ZERO, a[1])];
+        let both = _mm256_add_epi32(start[0], start[1]);
+        let place = |i: usize| _mm256_loadu_si256(SPREAD[i].as_ptr().cast());
         for r in 0..R {
-            let codes = C::codes(first.add(r * row_bytes), g);
-            let dots = _mm256_cvtepi32_ps(D::dot(start, C::ZERO, codes, a));
+            let codes = C::pair(first.add(r * row_bytes), I);
             let factor = factors[r].0.as_ptr();
-            let factor = if C::HALVES {
-                let pair = _mm256_castpd_ps(_mm256_broadcast_sd(&*factor.add(2 * g).cast::<f64>()));
-                _mm256_permutevar8x32_ps(pair, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))
+            if C::HALVES {
+                let eight = _mm256_load_ps(factor.add(I / 2 * 8));
+                for h in 0..2 {
+                    let dots = _mm256_cvtepi32_ps(D::dot(start[h], C::ZERO, codes[h], a[h]));
+                    let factor = _mm256_permutevar8x32_ps(eight, place(I % 2 * 2 + h));
+                    sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+                }
             } else {
-                _mm256_broadcast_ss(&*factor.add(g))
-            };
-            sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+                let dots = _mm256_cvtepi32_ps(D::dots(both, C::ZERO, codes, a));
+                let factor = _mm256_permutevar8x32_ps(_mm256_load_ps(factor), place(I));
+                sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+            }
         }
     }
 }
@@ -166,7 +147,11 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
             prepare::<C, R>(first, row_bytes, ahead, d, s32, s16, &mut factors, &mut mins);
-            eight_times!(G => multiply::<C, D, R>(first, row_bytes, G, q.add((at + G) * 32), &factors, &mut sums));
+            let q = q.add(at * 32);
+            multiply::<C, D, R, 0>(first, row_bytes, q, &factors, &mut sums);
+            multiply::<C, D, R, 1>(first, row_bytes, q.add(64), &factors, &mut sums);
+            multiply::<C, D, R, 2>(first, row_bytes, q.add(128), &factors, &mut sums);
+            multiply::<C, D, R, 3>(first, row_bytes, q.add(192), &factors, &mut sums);
         }
         if C::GROUPS == 1 {
             let first = first.add(groups / 8 * C::RUN);

@@ -45,8 +45,10 @@ pub use columns::{PackColumns, PackHalfColumns};
 pub enum Isa {
     /// Plain Rust: runs anywhere, and is what the others are checked against.
     Scalar,
-    /// x86-64 with AVX2, FMA and F16C (Haswell, Zen and later); AVX-VNNI is used where the processor has it.
+    /// x86-64 with AVX2, FMA and F16C (Haswell, Zen and later).
     Avx2,
+    /// AVX2 with AVX-VNNI (Alder Lake and later).
+    AvxVnni,
     /// x86-64 with AVX-512 F/BW/DQ/VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
     /// AVX-512 with the AMX bf16 matrix unit (Sapphire Rapids and later).
@@ -57,13 +59,14 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, from the plainest to the most capable.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 6] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
 
     /// The name that `RUSHLIGHT_ISA` takes.
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
             Isa::Amx => "amx",
             Isa::Neon => "neon",
@@ -76,6 +79,8 @@ impl Isa {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avx_vnni::available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::available(),
             #[cfg(target_arch = "x86_64")]
@@ -119,9 +124,9 @@ impl Isa {
     pub(crate) fn kernels(self) -> Kernels {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 if avx_vnni::available() => avx_vnni::kernels(),
-            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 if self.available() => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni if self.available() => avx_vnni::kernels(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if self.available() => avx512::kernels(),
             #[cfg(target_arch = "x86_64")]

@@ -120,7 +120,7 @@ type RowEncoder = fn(Format, &[f32], Option<&[f32]>, &mut [u8]);
 fn row_encoder(isa: Isa) -> RowEncoder {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 if isa.available() => {
+        Isa::Avx2 | Isa::AvxVnni if isa.available() => {
             compiled!("avx2,fma,f16c", row, (f: Format, x: &[f32], i: Option<&[f32]>, out: &mut [u8]))
         }
         #[cfg(target_arch = "x86_64")]

@@ -8,8 +8,6 @@ use crate::buffer::Aligned;
 /// All tables, with what to call them.
 fn tables() -> Vec<(String, Kernels)> {
     let tables = Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| (isa.name().to_string(), isa.kernels()));
-    #[cfg(target_arch = "x86_64")]
-    let tables = tables.chain(avx_vnni::available().then(|| ("avx2 without VNNI".to_string(), avx2::kernels())));
     #[cfg(target_arch = "aarch64")]
     let tables = tables.chain(
         neon::Level::ALL
