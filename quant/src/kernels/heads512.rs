@@ -6,6 +6,9 @@ use std::arch::x86_64::*;
 
 pub(super) const KERNELS: HalfHeads = HalfHeads { scores, mix };
 
+/// Numbers that are fetched ahead: what lies behind the keys and values asked for is asked for next.
+const AHEAD: usize = 2048;
+
 /// Calls `$function::<H, ..>` for the first `H` of `$left` heads, at most four.
 macro_rules! up_to_four {
     ($left:expr, $function:ident::<$n:literal>($($arg:expr),*)) => {
@@ -26,8 +29,13 @@ fn scores(q: &[f32], dim: usize, keys: &[u16], out: &mut [f32], stride: usize) {
         let whole = count / 4 * 4;
         for j in (0..count).step_by(4) {
             // SAFETY: this table is handed out only where the processor has AVX-512; heads, keys and scores are inside
-            // their slices (asserted above).
+            // their slices (asserted above). A prefetch beyond them does nothing.
             unsafe {
+                if h == 0 {
+                    for line in (0..4 * dim).step_by(32) {
+                        _mm_prefetch::<_MM_HINT_T0>(keys.as_ptr().wrapping_add(j * dim + AHEAD + line).cast());
+                    }
+                }
                 if j < whole {
                     up_to_four!(heads - h, dots::<4>(q, dim, keys[j * dim..].as_ptr(), out.add(j), stride));
                 } else {
@@ -128,6 +136,9 @@ unsafe fn sums<const H: usize, const C: usize>(
             }
         }
         for j in 0..count {
+            for c in (0..C).step_by(2) {
+                _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(j * dim + AHEAD + c * 16).cast());
+            }
             let mut value = [_mm512_setzero_ps(); C];
             for c in 0..C {
                 value[c] = _mm512_cvtph_ps(_mm256_loadu_si256(values.add(j * dim + c * 16).cast()));

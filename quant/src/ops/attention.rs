@@ -209,7 +209,9 @@ impl Cpu {
             let keys = TILE.min(end - tile);
             let at = (kv_head * sequence.capacity + tile) * dim;
             sequence.keys.read(kernels, at..at + keys * dim, &mut scratch.keys[..keys * dim]);
-            transpose(&scratch.keys, keys, dim, &mut scratch.panels);
+            for (first, panel) in (0..keys).step_by(PANEL).zip(scratch.panels.chunks_exact_mut(dim * PANEL)) {
+                (lanes.across)(&scratch.keys[first * dim..], dim, PANEL.min(keys - first), dim, panel);
+            }
             let shape = GemmShape {
                 m: count,
                 n: keys.next_multiple_of(PANEL),
@@ -292,7 +294,7 @@ impl Cpu {
         PARTS.with_borrow_mut(|parts| {
             parts.reserve(tasks.len() * part);
             let shared = Disjoint::new(parts);
-            self.team.run(tasks.len(), &|t| {
+            self.team.run_in_stretches(tasks.len(), &|t| {
                 let (s, row, position, head, start) = tasks[t];
                 // SAFETY: each task has a part of its own.
                 let part = unsafe { shared.slice(t * part..(t + 1) * part) };
@@ -439,23 +441,6 @@ fn finish(scale: fn(f32, &mut [f32]), row: &mut [f32], most: f32, total: f32, si
             scale(shrink / (total * shrink + lanes_exp(sink - next)), row);
         }
         None => scale(1.0 / total, row),
-    }
-}
-
-/// `[keys][dim]` to panels `[keys / 16][dim][16]`.
-fn transpose(rows: &[f32], keys: usize, dim: usize, panels: &mut [f32]) {
-    for (p, first) in (0..keys).step_by(PANEL).enumerate() {
-        let panel = &mut panels[p * dim * PANEL..(p + 1) * dim * PANEL];
-        let used = PANEL.min(keys - first);
-        let rows = &rows[first * dim..(first + used) * dim];
-        if used < PANEL {
-            panel.fill(0.0);
-        }
-        for (j, row) in rows.chunks_exact(dim).enumerate() {
-            for (d, x) in row.iter().enumerate() {
-                panel[d * PANEL + j] = *x;
-            }
-        }
     }
 }
 
