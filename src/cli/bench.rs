@@ -125,31 +125,46 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         warm(&mut engine, &ids)?;
         for &depth in &args.depth {
             if args.prompt > 0 {
-                measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args)?));
+                measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args)?, Vec::new()));
             }
             progress.at(done.next().unwrap_or(0) + 1, "");
             for batch in args.batch.iter().map(|n| n.get()) {
                 if args.generate > 0 {
-                    measured.push(("generation", depth, batch, generation(&mut engine, &ids, depth, batch, args)?));
+                    let (rates, bandwidths) = generation(&mut engine, &ids, depth, batch, args)?;
+                    measured.push(("generation", depth, batch, rates, bandwidths));
                 }
                 progress.at(done.next().unwrap_or(0) + 1, "");
             }
         }
-        // Last, because it empties the caches and heats the processor.
+        // Last, because it heats the processor.
         let peaks = engine.cpu().peak_arithmetic();
+        let mut bandwidths: Vec<f64> = measured.iter().flat_map(|m| m.4.iter().copied()).collect();
+        if bandwidths.is_empty() {
+            bandwidths.push(engine.cpu().read_bandwidth());
+        }
         let machine = Machine {
-            read_bandwidth: engine.cpu().read_bandwidth(),
+            read_bandwidth: spread(bandwidths).1,
             peak_arithmetic: Peaks { int8: peaks.int8, bf16: peaks.bf16, f32: peaks.f32 },
         };
         let limits = Limits::new(&engine, machine.read_bandwidth, &peaks);
-        let rate = |(work, depth, batch, rates): (&'static str, usize, usize, Vec<f64>)| {
+        let rate = |(work, depth, batch, rates, bandwidths): (&'static str, usize, usize, Vec<f64>, Vec<f64>)| {
             let tokens = if work == "prompt" { args.prompt } else { args.generate };
             let (limit, most) = match work {
                 "prompt" => ("arithmetic", limits.prompt),
                 _ => limits.generation(batch, depth + tokens / 2),
             };
+            // Each repetition is held against what memory gave right before and after it: on a machine that is shared it
+            // may be half as much a moment later.
+            let shares: Vec<f64> = match most {
+                Some(most) if bandwidths.len() == rates.len() => {
+                    let at = |bandwidth| limits.at(bandwidth).generation(batch, depth + tokens / 2).1.unwrap_or(most);
+                    rates.iter().zip(&bandwidths).map(|(rate, &bandwidth)| rate / at(bandwidth)).collect()
+                }
+                Some(most) => rates.iter().map(|rate| rate / most).collect(),
+                None => Vec::new(),
+            };
+            let share = (!shares.is_empty()).then(|| spread(shares).1);
             let (slowest, median, fastest) = spread(rates);
-            let share = most.map(|most| median / most);
             Rate { work, tokens, depth, batch, tokens_per_second: median, slowest, fastest, limit, share }
         };
         let rates = measured.into_iter().map(rate).collect();
@@ -195,9 +210,17 @@ fn prompt(engine: &mut Engine, ids: &[u32], depth: usize, args: &Args) -> Result
     Ok(rates)
 }
 
-/// Tokens a second of `batch` sequences together, each behind `depth` tokens.
-fn generation(engine: &mut Engine, ids: &[u32], depth: usize, batch: usize, args: &Args) -> Result<Vec<f64>> {
-    let mut rates = Vec::new();
+/// Tokens a second of `batch` sequences together, each behind `depth` tokens; and the bytes a second that memory gave
+/// around each repetition.
+fn generation(
+    engine: &mut Engine,
+    ids: &[u32],
+    depth: usize,
+    batch: usize,
+    args: &Args,
+) -> Result<(Vec<f64>, Vec<f64>)> {
+    let (mut rates, mut bandwidths) = (Vec::new(), Vec::new());
+    let mut before = engine.cpu().read_bandwidth();
     for _ in 0..args.repetitions {
         for slot in 0..batch {
             fill(engine, slot, ids, depth)?;
@@ -208,14 +231,18 @@ fn generation(engine: &mut Engine, ids: &[u32], depth: usize, batch: usize, args
             engine.step(&next)?;
         }
         rates.push((batch * args.generate) as f64 / start.elapsed().as_secs_f64());
+        let after = engine.cpu().read_bandwidth();
+        bandwidths.push((before + after) / 2.0);
+        before = after;
     }
     for slot in 0..batch {
         engine.truncate(slot, depth);
     }
-    Ok(rates)
+    Ok((rates, bandwidths))
 }
 
 /// What the machine allows a model.
+#[derive(Clone, Copy)]
 struct Limits {
     bandwidth: f64,
     /// Bytes of weights, and of the cache for each position.
@@ -246,6 +273,11 @@ impl Limits {
             prompt: prompts.map(|peak| peak / layers),
             steps: if model.is_float() { peaks.f32 } else { peaks.int8 }.map(|peak| peak / all),
         }
+    }
+
+    /// The same with memory of another speed.
+    fn at(self, bandwidth: f64) -> Limits {
+        Limits { bandwidth, ..self }
     }
 
     /// What bounds `batch` sequences of `context` tokens each, and at how many tokens a second.
