@@ -298,7 +298,7 @@ k_quant!(
     |run, i| {
         let codes = side_by_side(run.add(48 + 64 * i));
         let bit = |k: usize| 0x0101_0101_0101_0101 << (4 * i + k);
-        let bit = _mm512_setr_epi64(bit(0), bit(0), bit(1), bit(1), bit(2), bit(2), bit(3), bit(3) as i64);
+        let bit = _mm512_setr_epi64(bit(0), bit(0), bit(1), bit(1), bit(2), bit(2), bit(3), bit(3));
         let fifth = |codes, p: *const u8| {
             let set = _mm512_test_epi8_mask(_mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())), bit);
             _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16))
