@@ -21,9 +21,9 @@ impl Cpu {
         out: &[Disjoint<'_, f32>],
     ) {
         let cols = quantized.cols;
-        self.look_ahead(weights);
-        self.team.run_in_stretches(tasks(weights), &|t| {
-            let (i, rows) = place(weights, t);
+        self.look_ahead(weights, n);
+        self.team.run_in_stretches(tasks(weights, n), &|t| {
+            let (i, rows) = place(weights, n, t);
             let w = &weights[i];
             let data = &w.data[rows.start * w.row_bytes()..rows.end * w.row_bytes()];
             if n > 1
@@ -58,13 +58,13 @@ impl Cpu {
     }
 
     /// Tells the team which weights usually follow on `weights`, so that no thread waits while memory does nothing.
-    fn look_ahead(&self, weights: &[Matrix<'_>]) {
-        let all = tasks(weights);
+    fn look_ahead(&self, weights: &[Matrix<'_>], n: usize) {
+        let all = tasks(weights, n);
         if self.threads() == 1 || all < self.threads() {
             return;
         }
         let starts = self.team.stretches(all).map(|t| {
-            let (i, rows) = place(weights, t);
+            let (i, rows) = place(weights, n, t);
             weights[i].data.as_ptr().addr() + rows.start * weights[i].row_bytes()
         });
         let mut order = self.order.lock().unwrap_or_else(|e| e.into_inner());
@@ -72,19 +72,20 @@ impl Cpu {
     }
 }
 
-fn grain(w: &Matrix<'_>) -> usize {
-    (TASK / w.row_bytes().max(1)).next_multiple_of(8)
+/// Rows of a task: more where several rows of activations meet them, since each is then copied to its place.
+fn grain(w: &Matrix<'_>, n: usize) -> usize {
+    (TASK * n.clamp(1, 8) / w.row_bytes().max(1)).next_multiple_of(8)
 }
 
-/// How many tasks the rows of `weights` are cut into.
-fn tasks(weights: &[Matrix<'_>]) -> usize {
-    weights.iter().map(|w| w.rows.div_ceil(grain(w))).sum()
+/// How many tasks the rows of `weights` are cut into where `n` rows of activations meet them.
+fn tasks(weights: &[Matrix<'_>], n: usize) -> usize {
+    weights.iter().map(|w| w.rows.div_ceil(grain(w, n))).sum()
 }
 
 /// Task `t`: which matrix, and which of its rows.
-fn place(weights: &[Matrix<'_>], mut t: usize) -> (usize, Range<usize>) {
+fn place(weights: &[Matrix<'_>], n: usize, mut t: usize) -> (usize, Range<usize>) {
     for (i, w) in weights.iter().enumerate() {
-        let (grain, start) = (grain(w), t * grain(w));
+        let (grain, start) = (grain(w, n), t * grain(w, n));
         if start < w.rows {
             return (i, start..w.rows.min(start + grain));
         }
@@ -141,8 +142,8 @@ mod tests {
         let weights: Vec<Matrix<'_>> =
             sizes.iter().zip(&data).map(|(&(f, r, c), data)| Matrix::new(f, r, c, data).unwrap()).collect();
         let mut next = (0, 0);
-        for t in 0..tasks(&weights) {
-            let (i, rows) = place(&weights, t);
+        for t in 0..tasks(&weights, 1) {
+            let (i, rows) = place(&weights, 1, t);
             if i != next.0 {
                 assert_eq!((i, weights[next.0].rows), (next.0 + 1, next.1), "a matrix ends before the next begins");
                 next = (i, 0);
