@@ -35,11 +35,18 @@ pub(super) trait Codes: BlockFormat {
     }
     /// Scales: one a group in `[0]`, or with `HALVES` one a half in both.
     unsafe fn scales(run: *const u8) -> [__m256; 2];
-    /// Minimums, likewise.
-    unsafe fn mins(run: *const u8) -> [__m256; 2];
+    /// Minimums, likewise; 0 for formats that have none.
+    #[inline(always)]
+    unsafe fn mins(_run: *const u8) -> [__m256; 2] {
+        // SAFETY: the caller has AVX2.
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
     /// Scale of group `g` in every lane, and its minimum: for the groups behind the last whole run, which only formats
     /// of one group a block have.
-    unsafe fn scale_and_min(run: *const u8, g: usize) -> (__m256, f32);
+    #[inline(always)]
+    unsafe fn scale_and_min(_run: *const u8, _g: usize) -> (__m256, f32) {
+        unreachable!("blocks of 256 are whole runs")
+    }
 }
 
 /// Products of unsigned codes and signed activations.
@@ -282,11 +289,6 @@ impl Codes for MXFP4 {
         }
         // SAFETY: eight numbers.
         unsafe { [_mm256_loadu_ps(scales.as_ptr()), _mm256_setzero_ps()] }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
     }
 }
 

@@ -39,10 +39,6 @@ impl Codes for Q2_K {
             [_mm256_mul_ps(d, bytes_to_f32(m)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(m)))]
         }
     }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
-    }
 }
 
 impl Codes for Q3_K {
@@ -73,15 +69,6 @@ impl Codes for Q3_K {
             let d = half_at(run.add(108));
             [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
         }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
     }
 }
 
@@ -125,10 +112,6 @@ macro_rules! four_and_five_bits {
                     [_mm256_mul_ps(half_at(run.add(2)), bytes_to_f32(six_bits(run.add(4)).1)), _mm256_setzero_ps()]
                 }
             }
-            #[inline(always)]
-            unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-                unreachable!("blocks of 256 are whole runs")
-            }
         }
     };
 }
@@ -168,15 +151,6 @@ impl Codes for Q6_K {
             [_mm256_mul_ps(d, bytes_to_f32(s)), _mm256_mul_ps(d, bytes_to_f32(_mm_srli_si128::<8>(s)))]
         }
     }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
-    }
 }
 
 impl Codes for IQ4_XS {
@@ -200,14 +174,5 @@ impl Codes for IQ4_XS {
             let s = _mm256_cvtepi32_ps(_mm256_sub_epi32(s, _mm256_set1_epi32(32)));
             [_mm256_mul_ps(half_at(run), s), _mm256_setzero_ps()]
         }
-    }
-    #[inline(always)]
-    unsafe fn mins(_: *const u8) -> [__m256; 2] {
-        // SAFETY: the caller has AVX2.
-        unsafe { [_mm256_setzero_ps(); 2] }
-    }
-    #[inline(always)]
-    unsafe fn scale_and_min(_: *const u8, _: usize) -> (__m256, f32) {
-        unreachable!("blocks of 256 are whole runs")
     }
 }
