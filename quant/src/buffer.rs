@@ -16,6 +16,8 @@ unsafe impl Number for i32 {}
 // SAFETY: as above.
 unsafe impl Number for u16 {}
 // SAFETY: as above.
+unsafe impl Number for i16 {}
+// SAFETY: as above.
 unsafe impl Number for i8 {}
 // SAFETY: as above.
 unsafe impl Number for u8 {}

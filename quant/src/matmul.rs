@@ -9,8 +9,9 @@
 //!
 //! | rows | instruction set | activations | weights |
 //! | --- | --- | --- | --- |
-//! | few | all | 8 bits, a scale over each 32 columns ([`QuantizedRow`]); 16 bits where the matrix asks for it | exact |
+//! | few | all | 8 bits, a scale over each 32 columns (`kernels::QuantizedRow`); 16 bits where the matrix asks for it | exact |
 //! | many | AMX; AVX-512 with a fast bf16 ([`Cpu::prompts_in_bf16`]) | bf16 | rounded to bf16 |
+//! | many | AVX2; plain Rust | 16 bits, a scale over each 32 columns (`kernels::WordRows`) | exact |
 //! | many | others | 16 bits: two rows of 8 bits, the second what the first left over | exact |
 //!
 //! [`PromptRounding::EightBits`] has many rows rounded as ggml rounds them.
@@ -19,16 +20,16 @@
 mod backward;
 mod few;
 mod floats;
+mod panels;
+mod rounded;
 
-use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::scalar::quantize_wide;
-use crate::kernels::{
-    CodePanel, GemmShape, HalfKernels, HalfRows, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows, ROW_BLOCK,
-};
+use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, ROW_BLOCK, WordKernels};
 use crate::threads::Disjoint;
 pub(crate) use few::Order;
+use panels::Panels;
+use rounded::{Rounded, Rounding};
 use std::cell::RefCell;
 
 /// Which of the two shapes of work this is. The caller says so by what the rows are, not by how many there happen to
@@ -96,111 +97,12 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Rows of activations rounded for a kernel; the buffers are kept from call to call.
-#[derive(Default)]
-struct Rounded {
-    q: Aligned<i8>,
-    d: Aligned<f32>,
-    s16: Aligned<f32>,
-    s32: Aligned<f32>,
-    c16: Aligned<i32>,
-    c32: Aligned<i32>,
-    half: Aligned<u16>,
-}
-
-/// How rows become 8-bit rows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Rounding {
-    /// A scale over each 32 columns.
-    Once,
-    /// The same, and rows `n..2n` are what that left over, rounded likewise: both together are within `max|x| / 2^15`
-    /// of `x`.
-    Twice,
-    /// A scale over each so many columns.
-    Wide(usize),
-}
-
-/// Rows that one task rounds: a block of [`HalfRows`].
-const ROUND: usize = 16;
-
-impl Rounded {
-    /// Rounds the `n` rows of `x` to 8 bits.
-    fn quantize(&mut self, cpu: &Cpu, x: &[f32], n: usize, cols: usize, rounding: Rounding) {
-        let twice = rounding == Rounding::Twice;
-        let total = if twice { 2 * n } else { n } * cols;
-        self.q.reserve(total);
-        self.d.reserve(total / 32);
-        self.s16.reserve(total / 16);
-        self.s32.reserve(total / 32);
-        self.c16.reserve(total / 16);
-        self.c32.reserve(total / 32);
-        let q = Disjoint::new(&mut self.q);
-        let d = Disjoint::new(&mut self.d);
-        let s16 = Disjoint::new(&mut self.s16);
-        let s32 = Disjoint::new(&mut self.s32);
-        let c16 = Disjoint::new(&mut self.c16);
-        let c32 = Disjoint::new(&mut self.c32);
-        let row = |r: usize| {
-            let (a, b) = (r * cols, (r + 1) * cols);
-            // SAFETY: each row, and so its ranges, is asked for by one task alone, and used before it asks again.
-            unsafe {
-                QuantizedRowMut {
-                    q: q.slice(a..b),
-                    d: d.slice(a / 32..b / 32),
-                    s16: s16.slice(a / 16..b / 16),
-                    s32: s32.slice(a / 32..b / 32),
-                    c16: c16.slice(a / 16..b / 16),
-                    c32: c32.slice(a / 32..b / 32),
-                }
-            }
-        };
-        cpu.split(n, ROUND, &|rows| {
-            let mut rest = vec![0f32; if twice { cols } else { 0 }];
-            for r in rows {
-                let x = &x[r * cols..(r + 1) * cols];
-                match rounding {
-                    Rounding::Wide(span) => quantize_wide(x, span, row(r)),
-                    _ => (cpu.kernels.quantize)(x, row(r)),
-                }
-                if twice {
-                    let first = row(r);
-                    for (g, d) in first.d.iter().enumerate() {
-                        for i in g * 32..(g + 1) * 32 {
-                            rest[i] = x[i] - d * f32::from(first.q[i]);
-                        }
-                    }
-                    (cpu.kernels.quantize)(&rest, row(n + r));
-                }
-            }
-        });
-    }
-
-    fn rows(&self, cols: usize) -> QuantizedRows<'_> {
-        let all =
-            QuantizedRow { q: &self.q, d: &self.d, s16: &self.s16, s32: &self.s32, c16: &self.c16, c32: &self.c32 };
-        QuantizedRows { all, cols }
-    }
-
-    /// Rounds the `n` rows of `x` to bf16.
-    fn round_half(&mut self, cpu: &Cpu, kernels: &HalfKernels, x: &[f32], n: usize, cols: usize) {
-        self.half.reserve(n.next_multiple_of(ROW_BLOCK) * cols);
-        let half = Disjoint::new(&mut self.half);
-        cpu.split(n, ROUND, &|rows| {
-            // SAFETY: a block of 16 rows belongs to one task.
-            let block = unsafe { half.slice(rows.start * cols..(rows.start + ROUND) * cols) };
-            (kernels.round)(&x[rows.start * cols..rows.end * cols], cols, block);
-        });
-    }
-}
-
-/// What a thread unpacks weights into.
-#[derive(Default)]
-struct Panels {
-    codes: Aligned<i8>,
-    scale: Aligned<f32>,
-    min: Aligned<f32>,
-    floats: Aligned<f32>,
-    half: Aligned<u16>,
+/// What prompts meet block formats as.
+#[derive(Clone, Copy)]
+enum Meet {
+    Half(HalfKernels),
+    Words(WordKernels),
+    Codes,
 }
 
 thread_local! {
@@ -238,22 +140,23 @@ impl Cpu {
         ROUNDED.with_borrow_mut(|rounded| {
             let coded = weights.iter().any(|w| w.format.is_coded());
             let out: Vec<Disjoint<'_, f32>> = out.iter_mut().map(|o| Disjoint::new(o)).collect();
-            match (phase, self.half()) {
-                (Phase::Generate, _) => {
+            match phase {
+                Phase::Generate => {
                     if coded {
                         let fine = weights.iter().any(|w| w.fine);
                         rounded.quantize(self, x, n, cols, if fine { Rounding::Twice } else { Rounding::Once });
                     }
                     self.few_rows(x, rounded.rows(cols), n, weights, &out);
                 }
-                (Phase::Prompt, half) => {
+                Phase::Prompt => {
                     self.team.look_ahead(&[]);
-                    // What asks to be met finely is not rounded to bf16.
-                    let half = half.filter(|_| !weights.iter().any(|w| w.fine));
-                    let rounded_floats = weights.iter().any(|w| self.rounds_floats(w));
-                    match &half {
-                        Some(half) if coded || rounded_floats => rounded.round_half(self, half, x, n, cols),
-                        None if coded => {
+                    let meet = self.meet(weights.iter().any(|w| w.fine));
+                    match &meet {
+                        Meet::Half(half) if coded || weights.iter().any(|w| self.rounds_floats(w)) => {
+                            rounded.round_half(self, half, x, n, cols);
+                        }
+                        Meet::Words(words) if coded => rounded.round_words(self, words, x, n, cols),
+                        Meet::Codes if coded => {
                             let rounding = match self.fine() {
                                 true => Rounding::Twice,
                                 false if weights.iter().any(wide) => Rounding::Wide(weights[0].format.block_len()),
@@ -263,10 +166,19 @@ impl Cpu {
                         }
                         _ => {}
                     }
-                    self.many_rows(x, rounded, n, weights, half, &out);
+                    self.many_rows(x, rounded, n, weights, meet, &out);
                 }
             }
         });
+    }
+
+    /// What the rows of a prompt are rounded to; `exact` where the matrix asks for more than bf16.
+    fn meet(&self, exact: bool) -> Meet {
+        match (self.half().filter(|_| !exact), self.kernels.words.filter(|_| self.fine())) {
+            (Some(half), _) => Meet::Half(half),
+            (None, Some(words)) => Meet::Words(words),
+            (None, None) => Meet::Codes,
+        }
     }
 
     /// Whether the columns that share a scale depend on the weights' format.
@@ -281,6 +193,11 @@ impl Cpu {
     /// Whether activations and weights of block formats meet as bf16 in prompts.
     pub fn prompts_in_bf16(&self) -> bool {
         self.half().is_some()
+    }
+
+    /// Whether what meets block formats in prompts exactly is rounded to 16 bits over each 32 columns, in one piece.
+    pub fn prompts_in_words(&self) -> bool {
+        self.kernels.words.is_some()
     }
 
     /// Whether these weights, which are floats, meet many rows as bf16 where that is faster.
@@ -299,7 +216,7 @@ impl Cpu {
         rounded: &Rounded,
         n: usize,
         weights: &[Matrix<'_>],
-        half: Option<HalfKernels>,
+        meet: Meet,
         out: &[Disjoint<'_, f32>],
     ) {
         /// Rows whose sums are held in the nearest cache until their used columns are copied out.
@@ -313,15 +230,16 @@ impl Cpu {
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
-                let as_floats = !(w.format.is_coded() || half.is_some() && self.rounds_floats(w));
-                match half {
+                let as_floats = !(w.format.is_coded() || matches!(meet, Meet::Half(_)) && self.rounds_floats(w));
+                match meet {
                     _ if as_floats => panels.unpack_floats(self, w, &rows),
-                    Some(half) => panels.unpack_half(&half, w, &rows),
-                    None => panels.unpack_codes(self, w, &rows),
+                    Meet::Half(half) => panels.unpack_half(&half, w, &rows),
+                    Meet::Words(words) => panels.unpack_words(&words, w, &rows),
+                    Meet::Codes => panels.unpack_codes(self, w, &rows),
                 }
                 for start in (0..n).step_by(BLOCK) {
                     let end = n.min(start + BLOCK);
-                    match half {
+                    match meet {
                         _ if as_floats => {
                             let shape = GemmShape {
                                 m: end - start,
@@ -334,12 +252,17 @@ impl Cpu {
                             };
                             (self.kernels.gemm)(shape, &x[start * cols..end * cols], &panels.floats, &mut tile);
                         }
-                        Some(half) => {
+                        Meet::Half(half) => {
                             let (a, b) = panels.half.split_at(cols * PANEL);
                             let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
                             (half.mul)(&[a, b][..width.div_ceil(PANEL)], x, start..end, &mut tile, WIDTH);
                         }
-                        None => {
+                        Meet::Words(words) => {
+                            let panels = panels.word_panels(w);
+                            let used = &panels[..width.div_ceil(PANEL)];
+                            (words.mul)(used, rounded.word_rows(cols), start..end, &mut tile, WIDTH);
+                        }
+                        Meet::Codes => {
                             let (two, used) = panels.code_panels(w, width);
                             let x = rounded.rows(cols);
                             (self.kernels.mul_panels)(&two[..used], x, start..end, &mut tile, WIDTH);
@@ -373,68 +296,4 @@ fn tasks(weights: &[Matrix<'_>], grain: impl Fn(&Matrix<'_>) -> usize) -> Vec<(u
         tasks.extend((0..w.rows).step_by(grain).map(|start| (i, start..w.rows.min(start + grain))));
     }
     tasks
-}
-
-/// Columns that share a scale once unpacked.
-fn sub(format: Format) -> usize {
-    if matches!(format, Format::Q2_K | Format::Q3_K | Format::Q6_K) { 16 } else { 32 }
-}
-
-fn has_min(format: Format) -> bool {
-    matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z)
-}
-
-impl Panels {
-    fn unpack_codes(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        self.codes.reserve(2 * code_len);
-        self.scale.reserve(2 * scale_len);
-        self.min.reserve(2 * scale_len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            (cpu.kernels.pack_codes)(w.format)(
-                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
-                used,
-                w.cols,
-                &mut self.codes[p * code_len..(p + 1) * code_len],
-                &mut self.scale[p * scale_len..(p + 1) * scale_len],
-                &mut self.min[p * scale_len..(p + 1) * scale_len],
-            );
-        }
-    }
-
-    fn code_panels(&self, w: &Matrix<'_>, width: usize) -> ([CodePanel<'_>; 2], usize) {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        let panel = |p: usize| CodePanel {
-            codes: &self.codes[p * code_len..(p + 1) * code_len],
-            scale: &self.scale[p * scale_len..(p + 1) * scale_len],
-            min: if has_min(w.format) { &self.min[p * scale_len..(p + 1) * scale_len] } else { &[] },
-            sub: sub(w.format),
-        };
-        ([panel(0), panel(1)], width.div_ceil(PANEL))
-    }
-
-    fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
-        let len = w.cols * PANEL;
-        self.half.reserve(2 * len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            let data = &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()];
-            (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);
-        }
-    }
-
-    fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
-        let len = w.cols * PANEL;
-        self.floats.reserve(2 * len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            (cpu.kernels.pack_floats)(w.format)(
-                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
-                used,
-                w.cols,
-                &mut self.floats[p * len..(p + 1) * len],
-            );
-        }
-    }
 }

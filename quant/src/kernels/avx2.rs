@@ -8,7 +8,7 @@ use super::peaks;
 use super::scalar::{self, pack_codes_of};
 use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
-    QuantizedRowMut, QuantizedRows,
+    QuantizedRowMut, QuantizedRows, words256,
 };
 use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use std::arch::x86_64::*;
@@ -35,6 +35,7 @@ pub(super) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        words: Some(words256::KERNELS),
         peaks: peaks::AVX2,
         lanes: compiled_lanes!("avx2,fma,f16c"),
     }

@@ -39,6 +39,7 @@ pub(super) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: Some(heads512::KERNELS),
         half: bf16::pays().then_some(bf16::KERNELS),
+        words: None,
         peaks: peaks::avx512(),
         lanes: Lanes {
             across: super::across512::across,

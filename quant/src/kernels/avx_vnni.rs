@@ -16,7 +16,18 @@ pub(super) fn available() -> bool {
 
 pub(super) fn kernels() -> Kernels {
     let peaks = Peaks { int8: Some(peaks::int8_vnni_256), ..peaks::AVX2 };
-    Kernels { isa: Isa::AvxVnni, biased_codes: true, dot_codes, pack_codes, mul_panels, peaks, ..avx2::kernels() }
+    // Twice four bytes in a step are as fast as two words, and the panels half as long.
+    let words = None;
+    Kernels {
+        isa: Isa::AvxVnni,
+        biased_codes: true,
+        dot_codes,
+        pack_codes,
+        mul_panels,
+        words,
+        peaks,
+        ..avx2::kernels()
+    }
 }
 
 struct Vnni;

@@ -36,6 +36,9 @@ mod peaks;
 pub mod scalar;
 #[cfg(test)]
 mod tests;
+mod words;
+#[cfg(target_arch = "x86_64")]
+mod words256;
 
 use crate::formats::Format;
 pub use columns::{PackColumns, PackHalfColumns};
@@ -233,6 +236,63 @@ pub struct HalfKernels {
     pub mul: MulHalf,
 }
 
+/// Rows of 16-bit activations: `x[i] ~ d[i/32] * q[i]` (round to nearest, `d = max|x| / 32767` over each 32).
+#[derive(Clone, Copy)]
+pub struct WordRows<'a> {
+    /// Codes, -32767..=32767; `[rows][cols]`.
+    pub q: &'a [i16],
+    /// Scales; `[rows][cols / 32]`.
+    pub d: &'a [f32],
+    /// `d * sum(q)` over each 16; `[rows][cols / 16]`.
+    pub s16: &'a [f32],
+    /// `d * sum(q)` over each 32; `[rows][cols / 32]`.
+    pub s32: &'a [f32],
+    /// Columns of a row.
+    pub cols: usize,
+}
+
+/// One of the [`WordRows`] being written.
+pub struct WordRowMut<'a> {
+    /// See [`WordRows::q`].
+    pub q: &'a mut [i16],
+    /// See [`WordRows::d`].
+    pub d: &'a mut [f32],
+    /// See [`WordRows::s16`].
+    pub s16: &'a mut [f32],
+    /// See [`WordRows::s32`].
+    pub s32: &'a mut [f32],
+}
+
+/// A [`CodePanel`] whose codes are words, interleaved `[cols / 2][16][2]`.
+#[derive(Clone, Copy)]
+pub struct WordPanel<'a> {
+    /// Signed codes.
+    pub codes: &'a [i16],
+    /// See [`CodePanel::scale`].
+    pub scale: &'a [f32],
+    /// See [`CodePanel::min`].
+    pub min: &'a [f32],
+    /// See [`CodePanel::sub`].
+    pub sub: usize,
+}
+
+/// [`PackCodes`] for a [`WordPanel`].
+pub type PackWords = fn(data: &[u8], rows: usize, cols: usize, codes: &mut [i16], scale: &mut [f32], min: &mut [f32]);
+/// [`MulPanels`] for words.
+pub type MulWords =
+    fn(panels: &[WordPanel<'_>], x: WordRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
+
+/// Kernels for many rows of 16-bit activations.
+#[derive(Clone, Copy)]
+pub struct WordKernels {
+    /// Rounds a row.
+    pub round: fn(x: &[f32], out: WordRowMut<'_>),
+    /// For block formats.
+    pub pack: fn(Format) -> PackWords,
+    /// The products.
+    pub mul: MulWords,
+}
+
 /// `out[h * distance ..][..dim] += sum_j p[h * stride + j] * values[j]` for `heads` rows.
 pub type MixHeads =
     fn(p: &[f32], stride: usize, heads: usize, values: &[u16], dim: usize, out: &mut [f32], distance: usize);
@@ -347,6 +407,8 @@ pub struct Kernels {
     pub half_heads: Option<HalfHeads>,
     /// Many rows of bf16, where that is faster than integers for block formats.
     pub half: Option<HalfKernels>,
+    /// Many rows of 16-bit activations, where that is faster than twice 8 bits.
+    pub words: Option<WordKernels>,
     /// What its arithmetic is measured by.
     pub peaks: Peaks,
     /// Element-wise operations and short reductions, compiled for this instruction set.

@@ -2,7 +2,7 @@
 
 use super::{
     CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, Peaks, QuantizedRow,
-    QuantizedRowMut, QuantizedRows, columns, lanes,
+    QuantizedRowMut, QuantizedRows, columns, lanes, words,
 };
 use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
 use half::{bf16, f16};
@@ -26,6 +26,7 @@ pub(crate) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        words: Some(words::KERNELS),
         peaks: Peaks::default(),
         lanes: lanes::PLAIN,
     }
@@ -54,7 +55,7 @@ pub(crate) fn quantize_wide(x: &[f32], span: usize, mut out: QuantizedRowMut<'_>
 
 /// The largest absolute value; NaN or infinity where there is one.
 #[inline(always)]
-fn largest(x: &[f32; 32]) -> f32 {
+pub(super) fn largest(x: &[f32; 32]) -> f32 {
     // As integers, because a comparison of floats would pass over a NaN.
     let mut top = [0u32; 16];
     for i in 0..16 {

@@ -63,6 +63,7 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        words: None,
         peaks: Peaks::default(),
         lanes: lanes::PLAIN,
     }

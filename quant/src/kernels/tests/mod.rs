@@ -1,6 +1,7 @@
 //! Every table of kernels that this machine can run, against f64 arithmetic on the decoded weights.
 
 mod shared_reads;
+mod words;
 
 use super::*;
 use crate::buffer::Aligned;
