@@ -102,18 +102,22 @@ fn dot_floats_of<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
     for (r, out) in out.iter_mut().enumerate() {
         let row = &data[r * row_bytes..(r + 1) * row_bytes];
         let mut acc = [_mm512_setzero_ps(); 4];
-        for i in (0..x.len()).step_by(64) {
+        let whole = x.len() / 64 * 64;
+        for i in (0..whole).step_by(64) {
             for j in 0..4 {
                 let at = i + j * 16;
-                if at < x.len() {
-                    let mask = first(x.len() - at);
-                    // SAFETY: the masked numbers are inside both rows.
-                    let (w, x) = unsafe {
-                        (F::load(row.as_ptr().add(at * size), mask), _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)))
-                    };
-                    acc[j] = _mm512_fmadd_ps(w, x, acc[j]);
-                }
+                // SAFETY: sixteen more numbers in both rows.
+                let (w, x) = unsafe { (F::load(row.as_ptr().add(at * size), !0), _mm512_loadu_ps(x.as_ptr().add(at))) };
+                acc[j] = _mm512_fmadd_ps(w, x, acc[j]);
             }
+        }
+        for (j, at) in (whole..x.len()).step_by(16).enumerate() {
+            let mask = first(x.len() - at);
+            // SAFETY: the masked numbers are inside both rows.
+            let (w, x) = unsafe {
+                (F::load(row.as_ptr().add(at * size), mask), _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)))
+            };
+            acc[j] = _mm512_fmadd_ps(w, x, acc[j]);
         }
         *out = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])));
     }
