@@ -4,13 +4,14 @@ use super::codes256::{Codes, Dot, by_codes};
 use super::columns::compiled_columns;
 use super::few256::{self, add_across};
 use super::lanes::{compiled, compiled_lanes};
+use super::panel256::end_group;
 use super::peaks;
-use super::scalar::{self, pack_codes_of};
+use super::scalar::{self, packed};
 use super::{
-    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackCodes, PackFloats, QuantizedRow,
-    QuantizedRowMut, QuantizedRows, words256,
+    CodePanel, DotCodes, DotFloats, GemmShape, Isa, Kernels, PANEL, PackFloats, QuantizedRow, QuantizedRowMut,
+    QuantizedRows, words256,
 };
-use crate::formats::{BlockFormat, FP4, Format, NF4, TableFormat, Visitor, table};
+use crate::formats::{FP4, Format, NF4, TableFormat, table};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -26,7 +27,7 @@ pub(super) fn kernels() -> Kernels {
         dot_batch: |_| None,
         dot_codes,
         dot_floats,
-        pack_codes,
+        pack_codes: packed!("avx2,fma,f16c", 0),
         pack_floats,
         columns: compiled_columns!("avx2,fma,f16c"),
         mul_panels,
@@ -99,32 +100,6 @@ fn dot_codes(format: Format) -> DotCodes {
     by_codes!(format, entry)
 }
 
-fn pack_codes(format: Format) -> PackCodes {
-    fn entry<F: BlockFormat>(
-        data: &[u8],
-        rows: usize,
-        cols: usize,
-        codes: &mut [i8],
-        scale: &mut [f32],
-        min: &mut [f32],
-    ) {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<F: BlockFormat>(
-            data: &[u8],
-            rows: usize,
-            cols: usize,
-            codes: &mut [i8],
-            scale: &mut [f32],
-            min: &mut [f32],
-        ) {
-            pack_codes_of::<F, 0>(data, rows, cols, codes, scale, min)
-        }
-        // SAFETY: this table is handed out only where `available`.
-        unsafe { inner::<F>(data, rows, cols, codes, scale, min) }
-    }
-    scalar::by_format!(PackCodes, format, entry)
-}
-
 fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
     for (p, panel) in panels.iter().enumerate() {
         let mut r = rows.start;
@@ -146,13 +121,17 @@ fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>
 #[target_feature(enable = "avx2,fma,f16c")]
 fn mul_some<const R: usize>(panel: &CodePanel<'_>, x: QuantizedRows<'_>, first: usize, out: &mut [f32], stride: usize) {
     let cols = x.cols;
-    assert!(panel.codes.len() >= cols * PANEL && panel.scale.len() >= cols / panel.sub * PANEL);
+    let (groups, sums) = (cols / panel.sub, if panel.sub == 16 { x.all.s16 } else { x.all.s32 });
+    assert!(panel.codes.len() >= cols * PANEL && panel.scale.len() >= groups * PANEL);
+    assert!(panel.min.is_empty() || panel.min.len() >= groups * PANEL);
+    let rows = first + R;
+    assert!(x.all.q.len() >= rows * cols && x.all.d.len() >= rows * cols / 32 && sums.len() >= rows * groups);
     assert!(out.len() >= (R - 1) * stride + PANEL);
-    let x: [QuantizedRow<'_>; R] = std::array::from_fn(|r| x.row(first + r));
+    let q = x.all.q[first * cols..].as_ptr().cast::<i32>();
     let quads = panel.sub / 4;
     let ones = _mm256_set1_epi16(1);
     let mut acc = [[_mm256_setzero_ps(); 2]; R];
-    for s in 0..cols / panel.sub {
+    for s in 0..groups {
         let mut dots = [[_mm256_setzero_si256(); 2]; R];
         for k in s * quads..(s + 1) * quads {
             // SAFETY: `k < cols / 4`, and the first assertion.
@@ -162,35 +141,24 @@ fn mul_some<const R: usize>(panel: &CodePanel<'_>, x: QuantizedRows<'_>, first: 
             let magnitude = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
             for r in 0..R {
                 // SAFETY: each row has `cols` codes.
-                let four = unsafe { x[r].q.as_ptr().add(k * 4).cast::<i32>().read_unaligned() };
-                let a = _mm256_set1_epi32(four);
+                let a = _mm256_set1_epi32(unsafe { q.add(r * (cols / 4) + k).read_unaligned() });
                 for h in 0..2 {
                     let pairs = _mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(a, w[h]));
                     dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(pairs, ones));
                 }
             }
         }
-        for h in 0..2 {
-            let at = s * PANEL + h * 8;
-            // SAFETY: the first assertion.
-            let scale = unsafe { _mm256_loadu_ps(panel.scale.as_ptr().add(at)) };
-            for r in 0..R {
-                let factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[r].d[s * panel.sub / 32]));
-                acc[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][h]), factor, acc[r][h]);
-            }
-            if let Some(min) = panel.min.get(at..at + 8) {
-                // SAFETY: eight numbers.
-                let min = unsafe { _mm256_loadu_ps(min.as_ptr()) };
-                for r in 0..R {
-                    let sum = if panel.sub == 16 { x[r].s16[s] } else { x[r].s32[s] };
-                    acc[r][h] = _mm256_fnmadd_ps(min, _mm256_set1_ps(sum), acc[r][h]);
-                }
-            }
+        // SAFETY: group `s` of the panel, and of `R` rows.
+        unsafe {
+            let scale = panel.scale.as_ptr().add(s * PANEL);
+            let min = (!panel.min.is_empty()).then(|| panel.min.as_ptr().add(s * PANEL));
+            let d = (x.all.d.as_ptr().add(first * (cols / 32) + s * panel.sub / 32), cols / 32);
+            end_group(&mut acc, &dots, scale, min, d, (sums.as_ptr().add(first * groups + s), groups));
         }
     }
     for r in 0..R {
         for h in 0..2 {
-            // SAFETY: the second assertion.
+            // SAFETY: the last assertion.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(r * stride + h * 8), acc[r][h]) }
         }
     }

@@ -6,10 +6,10 @@ use super::columns::compiled_columns;
 use super::few256;
 use super::floats512::{dot_floats, f16_to_f32, f32_to_f16, gemm, pack_floats};
 use super::lanes::compiled_lanes;
-use super::scalar::pack_codes_of;
-use super::{CodePanel, DotCodes, Isa, Kernels, Lanes, PANEL, PackCodes, QuantizedRow, QuantizedRowMut, QuantizedRows};
+use super::scalar::packed;
+use super::{CodePanel, DotCodes, Isa, Kernels, Lanes, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows};
 use super::{few512, heads512, peaks};
-use crate::formats::{BlockFormat, Format, Visitor};
+use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -30,7 +30,7 @@ pub(super) fn kernels() -> Kernels {
         dot_batch: few512::dot_batch,
         dot_codes,
         dot_floats,
-        pack_codes,
+        pack_codes: packed!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", 0x80),
         pack_floats,
         columns: compiled_columns!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"),
         mul_panels,
@@ -121,44 +121,6 @@ pub(super) fn dot_codes_256(format: Format) -> DotCodes {
         unsafe { inner::<C>(data, x, out) }
     }
     by_codes!(format, entry)
-}
-
-/// Packs panels with codes as they are (`FLIP` 0) or raised by 128 (0x80).
-fn pack_codes_flipped<const FLIP: u8>(format: Format) -> PackCodes {
-    fn entry<F: BlockFormat, const FLIP: u8>(
-        data: &[u8],
-        rows: usize,
-        cols: usize,
-        codes: &mut [i8],
-        scale: &mut [f32],
-        min: &mut [f32],
-    ) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        fn inner<F: BlockFormat, const FLIP: u8>(
-            data: &[u8],
-            rows: usize,
-            cols: usize,
-            codes: &mut [i8],
-            scale: &mut [f32],
-            min: &mut [f32],
-        ) {
-            pack_codes_of::<F, FLIP>(data, rows, cols, codes, scale, min)
-        }
-        // SAFETY: this table is handed out only where `available`.
-        unsafe { inner::<F, FLIP>(data, rows, cols, codes, scale, min) }
-    }
-    struct Pick<const FLIP: u8>;
-    impl<const FLIP: u8> Visitor for Pick<FLIP> {
-        type Out = PackCodes;
-        fn visit<F: BlockFormat>(self) -> PackCodes {
-            entry::<F, FLIP>
-        }
-    }
-    format.visit(Pick::<FLIP>).expect("a block format")
-}
-
-fn pack_codes(format: Format) -> PackCodes {
-    pack_codes_flipped::<0x80>(format)
 }
 
 fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {

@@ -2,11 +2,10 @@
 //! to 32 bits in one step, where AVX2 alone takes four; all else as AVX2 does it.
 
 use super::codes256::{Codes, Dot, by_codes};
-use super::scalar::{self, pack_codes_of};
-use super::{
-    CodePanel, DotCodes, Isa, Kernels, PANEL, PackCodes, Peaks, QuantizedRow, QuantizedRows, avx2, few256, peaks,
-};
-use crate::formats::{BlockFormat, Format, Visitor};
+use super::panel256::end_group;
+use super::scalar::packed;
+use super::{CodePanel, DotCodes, Isa, Kernels, PANEL, Peaks, QuantizedRow, QuantizedRows, avx2, few256, peaks};
+use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -22,7 +21,7 @@ pub(super) fn kernels() -> Kernels {
         isa: Isa::AvxVnni,
         biased_codes: true,
         dot_codes,
-        pack_codes,
+        pack_codes: packed!("avx2,fma,f16c", 0x80),
         mul_panels,
         words,
         peaks,
@@ -63,33 +62,6 @@ fn dot_codes(format: Format) -> DotCodes {
         unsafe { inner::<C>(data, x, out) }
     }
     by_codes!(format, entry)
-}
-
-/// Panels whose codes are raised by 128.
-fn pack_codes(format: Format) -> PackCodes {
-    fn entry<F: BlockFormat>(
-        data: &[u8],
-        rows: usize,
-        cols: usize,
-        codes: &mut [i8],
-        scale: &mut [f32],
-        min: &mut [f32],
-    ) {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn inner<F: BlockFormat>(
-            data: &[u8],
-            rows: usize,
-            cols: usize,
-            codes: &mut [i8],
-            scale: &mut [f32],
-            min: &mut [f32],
-        ) {
-            pack_codes_of::<F, 0x80>(data, rows, cols, codes, scale, min)
-        }
-        // SAFETY: this table is handed out only where `available`.
-        unsafe { inner::<F>(data, rows, cols, codes, scale, min) }
-    }
-    scalar::by_format!(PackCodes, format, entry)
 }
 
 fn mul_panels(panels: &[CodePanel<'_>], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
@@ -142,21 +114,10 @@ fn mul_some<const R: usize>(panel: &CodePanel<'_>, x: QuantizedRows<'_>, first: 
                     }
                 }
             }
-            let d = x.all.d.as_ptr().add(first * (cols / 32) + s * sub / 32);
-            let sums = sums.as_ptr().add(first * groups + s);
-            for h in 0..2 {
-                let scale = _mm256_loadu_ps(panel.scale.as_ptr().add(s * PANEL + h * 8));
-                for r in 0..R {
-                    let factor = _mm256_mul_ps(scale, _mm256_set1_ps(*d.add(r * (cols / 32))));
-                    acc[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][h]), factor, acc[r][h]);
-                }
-                if !panel.min.is_empty() {
-                    let min = _mm256_loadu_ps(panel.min.as_ptr().add(s * PANEL + h * 8));
-                    for r in 0..R {
-                        acc[r][h] = _mm256_fnmadd_ps(min, _mm256_set1_ps(*sums.add(r * groups)), acc[r][h]);
-                    }
-                }
-            }
+            let scale = panel.scale.as_ptr().add(s * PANEL);
+            let min = (!panel.min.is_empty()).then(|| panel.min.as_ptr().add(s * PANEL));
+            let d = (x.all.d.as_ptr().add(first * (cols / 32) + s * sub / 32), cols / 32);
+            end_group(&mut acc, &dots, scale, min, d, (sums.as_ptr().add(first * groups + s), groups));
         }
     }
     for r in 0..R {

@@ -32,6 +32,8 @@ pub(crate) mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(target_arch = "x86_64")]
+mod panel256;
+#[cfg(target_arch = "x86_64")]
 mod peaks;
 pub mod scalar;
 #[cfg(test)]

@@ -235,6 +235,41 @@ pub(crate) fn pack_codes_of<F: BlockFormat, const FLIP: u8>(
     }
 }
 
+/// [`pack_codes_of`] for every format, compiled with the target features `$features`; `$flip` as there.
+#[cfg(target_arch = "x86_64")]
+macro_rules! packed {
+    ($features:literal, $flip:literal) => {{
+        use $crate::formats::{BlockFormat, Visitor};
+        use $crate::kernels::PackCodes;
+        use $crate::kernels::scalar::{by_format, pack_codes_of};
+        #[target_feature(enable = $features)]
+        fn inner<F: BlockFormat>(
+            data: &[u8],
+            rows: usize,
+            cols: usize,
+            codes: &mut [i8],
+            scale: &mut [f32],
+            min: &mut [f32],
+        ) {
+            pack_codes_of::<F, $flip>(data, rows, cols, codes, scale, min)
+        }
+        fn entry<F: BlockFormat>(
+            data: &[u8],
+            rows: usize,
+            cols: usize,
+            codes: &mut [i8],
+            scale: &mut [f32],
+            min: &mut [f32],
+        ) {
+            // SAFETY: a table with this entry is handed out only on a processor that has these features.
+            unsafe { inner::<F>(data, rows, cols, codes, scale, min) }
+        }
+        |format| by_format!(PackCodes, format, entry)
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use packed;
+
 fn pack_floats(format: Format) -> PackFloats {
     match format {
         Format::F32 => |data, rows, cols, out| pack_floats_of(Format::F32, data, rows, cols, out),

@@ -2,6 +2,7 @@
 
 use super::codes256::{Codes, by_codes};
 use super::lanes::compiled;
+use super::panel256::end_group;
 use super::{PANEL, PackWords, WordKernels, WordPanel, WordRowMut, WordRows, words};
 use crate::formats::Format;
 use std::arch::x86_64::*;
@@ -173,21 +174,10 @@ unsafe fn some<const R: usize>(
                     }
                 }
             }
-            let d = x.d.as_ptr().add(first * (cols / 32) + s * sub / 32);
-            let sums = sums.as_ptr().add(first * groups + s);
-            for h in 0..2 {
-                let scale = _mm256_loadu_ps(panel.scale.as_ptr().add(s * PANEL + h * 8));
-                for r in 0..R {
-                    let factor = _mm256_mul_ps(scale, _mm256_set1_ps(*d.add(r * (cols / 32))));
-                    acc[r][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][h]), factor, acc[r][h]);
-                }
-                if !panel.min.is_empty() {
-                    let min = _mm256_loadu_ps(panel.min.as_ptr().add(s * PANEL + h * 8));
-                    for r in 0..R {
-                        acc[r][h] = _mm256_fnmadd_ps(min, _mm256_set1_ps(*sums.add(r * groups)), acc[r][h]);
-                    }
-                }
-            }
+            let scale = panel.scale.as_ptr().add(s * PANEL);
+            let min = (!panel.min.is_empty()).then(|| panel.min.as_ptr().add(s * PANEL));
+            let d = (x.d.as_ptr().add(first * (cols / 32) + s * sub / 32), cols / 32);
+            end_group(&mut acc, &dots, scale, min, d, (sums.as_ptr().add(first * groups + s), groups));
         }
         for r in 0..R {
             for h in 0..2 {
