@@ -28,8 +28,8 @@ pub(crate) use huggingface::files;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, RenderOptions};
 
-use crate::checkpoint::Metadata;
-use crate::{Error, Result};
+use crate::checkpoint::{Checkpoint, Metadata};
+use crate::{Error, Result, families};
 use added::{Added, Cut, Matcher};
 use bpe::{Bpe, Scratch};
 use sentencepiece::Whitespace;
@@ -151,6 +151,21 @@ impl Tokenizer {
             return Tokenizer::from_dir(path);
         }
         Tokenizer::from_gguf(&crate::checkpoint::gguf::read_metadata(path)?, path)
+    }
+
+    /// The tokenizer of the model `checkpoint`: what it makes of any text has a place in the model's embedding.
+    ///
+    /// # Errors
+    /// When there is none, or it belongs to another model.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+        let path = checkpoint.path();
+        let tokenizer = match checkpoint.metadata() {
+            Some(metadata) => Tokenizer::from_gguf(metadata, path)?,
+            None => Tokenizer::from_dir(path)?,
+        };
+        let (_, spec) = families::recognise(checkpoint)?;
+        tokenizer.check_rows(spec.vocab_size).map_err(|what| Error::file(path, what))?;
+        Ok(tokenizer)
     }
 
     /// The tokenizer in the metadata of the GGUF file `path` (which is only used to name it).
