@@ -172,7 +172,7 @@ def gemma3(draw):
 
 
 def phi(draw):
-    fields = maybe(draw, shape(draw), partial_rotary_factor=[0.25, 0.5, 1.0])
+    fields = maybe(draw, shape(draw), partial_rotary_factor=[0.25, 0.5, 1.0], qk_layernorm=BOTH)
     stretch(draw, fields, "linear")
     fields |= {"layer_norm_eps": fields.pop("rms_norm_eps"), "hidden_act": draw.choice(["gelu_new", "gelu"])}
     return fields | {"tie_word_embeddings": False}

@@ -2,7 +2,7 @@
 """Writes a GGUF model of a given shape with random weights (normal, deviation 0.02), for timing.
 
 usage: scripts/random-model.py OUT.gguf [--shape 1.1b|1.5b|7b] [--layers N] [--hidden N] [--ffn N] [--heads N]
-       [--kv-heads N] [--vocab N] [--experts N] [--arch llama|qwen2] [--f32] [--seed N]
+       [--kv-heads N] [--vocab N] [--experts N [--used N]] [--arch llama|qwen2] [--f32] [--seed N]
 
 Needs the Python packages numpy and gguf. Shapes: 1.1b is TinyLlama's, 1.5b Qwen2.5's, 7b Llama 2's. The model has no
 tokenizer.
@@ -32,6 +32,7 @@ def main():
         kind = str if name == "arch" else int
         parser.add_argument("--" + name.replace("_", "-"), type=kind)
     parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--used", type=int, default=2, help="experts that a token goes through")
     parser.add_argument("--f32", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -72,7 +73,7 @@ def main():
     writer.add_tokenizer_model("none")
     if args.experts:
         writer.add_expert_count(args.experts)
-        writer.add_expert_used_count(2)
+        writer.add_expert_used_count(args.used)
     wide = np.float32 if args.f32 else np.float16
     writer.add_file_type(0 if args.f32 else 1)
     kinds = [np.float32 if len(dims) == 1 or "gate_inp" in name else wide for name, dims in tensors]

@@ -139,7 +139,7 @@ impl<B: Backend> Pass<'_, B> {
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,
             value_dim: spec.value_dim,
-            scale: spec.attention_scale,
+            scale: spec.attention_scale * layer.attention_scale,
             softcap: spec.attention_softcap,
             window: layer.window,
             alibi: spec.alibi.as_ref(),

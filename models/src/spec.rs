@@ -82,6 +82,8 @@ pub struct LayerSpec {
     pub window: Option<usize>,
     /// Index into [`ModelSpec::ropes`]; `None`: this layer's queries and keys are not rotated.
     pub rope: Option<usize>,
+    /// What [`ModelSpec::attention_scale`] is multiplied by in this layer.
+    pub attention_scale: f32,
     /// The MLP; where there are experts, the one that all tokens share, if there is one.
     pub mlp: Option<Mlp>,
     /// The experts.
@@ -512,6 +514,9 @@ impl ModelSpec {
                 Some(experts) => experts.check().map_err(|e| format!("{e} in layer {i}"))?,
                 None if layer.mlp.is_none() => return Err(format!("layer {i} has no MLP")),
                 None => {}
+            }
+            if !layer.attention_scale.is_finite() || layer.attention_scale == 0.0 {
+                return Err(format!("the attention scale of layer {i} is {}", layer.attention_scale));
             }
             if layer.window == Some(0) {
                 return Err(format!("the attention window of layer {i} is 0"));

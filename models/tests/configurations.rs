@@ -1,7 +1,7 @@
 //! Configurations of many families: what they leave out, and what each says in its own way.
 
 use rushlight_models::families::{Config, FAMILIES, Family};
-use rushlight_models::spec::{ModelSpec, RopeScaling};
+use rushlight_models::spec::{ModelSpec, Placement, QkNorm, RopeScaling};
 use rushlight_quant::ops::{Activation, RopeLayout};
 use serde_json::{Value as Json, json};
 use std::path::Path;
@@ -55,7 +55,14 @@ fn what_configurations_leave_out_is_what_the_reference_takes() {
     assert!(gemma.layers.iter().all(|l| l.window == Some(4096) && l.rope == Some(1)));
     assert!(read(json!({"model_type": "glm"})).unwrap().bias.qkv);
     let oss = json!({"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2});
-    assert!(read(oss).unwrap_err().contains("rope_scaling is missing"));
+    assert!(read(oss.clone()).unwrap_err().contains("rope_scaling is missing"));
+    let limit = |limit: f32| {
+        let mut fields = oss.clone();
+        fields["rope_scaling"] = Json::Null;
+        fields["swiglu_limit"] = json!(limit);
+        read(fields)
+    };
+    assert!(limit(7.0).is_ok() && limit(6.0).unwrap_err().contains("swiglu_limit = 6"));
 }
 
 #[test]
@@ -118,6 +125,19 @@ fn what_families_say_each_in_their_own_way() {
     assert!(mixture("qwen2_moe", 1).unwrap_err().contains("max_window_layers"));
     assert!(mixture("qwen2_moe", 0).unwrap().layers.iter().all(|l| l.window == Some(8)));
     assert!(mixture("qwen3_moe", 3).unwrap().layers.iter().all(|l| l.window == Some(8)));
+    let gpt2 = |scaled: bool| {
+        let fields = json!({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 128,
+            "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": scaled});
+        read(fields).unwrap().layers.iter().map(|l| l.attention_scale).collect::<Vec<_>>()
+    };
+    assert_eq!((gpt2(false), gpt2(true)), (vec![1.0; 4], vec![1.0, 0.5, 1.0 / 3.0, 0.25]));
+    let bloom = |behind: bool| {
+        let fields = json!({"model_type": "bloom", "n_layer": 2, "n_head": 4, "layer_norm_epsilon": 1e-5,
+            "apply_residual_connection_post_layernorm": behind});
+        read(fields).unwrap().placement
+    };
+    assert_eq!((bloom(false), bloom(true)), (Placement::Before, Placement::Stream));
+    assert_eq!(read(json!({"model_type": "phi", "qk_layernorm": true})).unwrap().qk_norm, QkNorm::Head);
     let smollm = json!({"model_type": "smollm3", "use_sliding_window": true, "sliding_window": 8});
     let windows: Vec<_> = read(smollm).unwrap().layers.iter().map(|l| (l.window, l.rope)).collect();
     assert_eq!(windows[2..], [(None, Some(0)), (Some(8), None)]);

@@ -10,7 +10,7 @@ use serde::Serialize;
 #[derive(Clone, Debug)]
 pub struct Chunks {
     ids: Vec<u32>,
-    bos: Option<u32>,
+    prefix: Vec<u32>,
     ctx: usize,
     count: usize,
 }
@@ -18,15 +18,15 @@ pub struct Chunks {
 impl Chunks {
     /// The first `most` whole chunks of `ctx` tokens of `text`, which `name` stands for in errors.
     pub fn new(tokenizer: &Tokenizer, text: &str, name: &str, ctx: usize, most: Option<usize>) -> Result<Chunks> {
-        let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
-        let mut ids: Vec<u32> = bos.into_iter().collect();
+        let prefix = tokenizer.prefix();
+        let mut ids = prefix.clone();
         ids.extend(tokenizer.encode(text, Specials::AsText)?);
         if ids.len() < ctx {
             let n = ids.len();
             bail!("{name} has {n} tokens, fewer than the {ctx} of one chunk: give a longer text or a smaller --ctx");
         }
         let count = (ids.len() / ctx).min(most.unwrap_or(usize::MAX));
-        Ok(Chunks { ids, bos, ctx, count })
+        Ok(Chunks { ids, prefix, ctx, count })
     }
 
     /// Number of chunks.
@@ -43,9 +43,7 @@ impl Chunks {
     pub fn chunk(&self, i: usize) -> (Vec<u32>, &[u32]) {
         let targets = &self.ids[i * self.ctx..(i + 1) * self.ctx];
         let mut input = targets.to_vec();
-        if let Some(bos) = self.bos {
-            input[0] = bos;
-        }
+        input.iter_mut().zip(&self.prefix).for_each(|(id, mark)| *id = *mark);
         (input, targets)
     }
 

@@ -33,7 +33,7 @@ pub fn length(model: &Model) -> usize {
     LENGTH.min(model.spec.context_length)
 }
 
-/// Cuts `text` into sequences of at most `length` tokens, each beginning with the BOS token where the model wants one:
+/// Cuts `text` into sequences of at most `length` tokens, each beginning with the marks that the model wants there:
 /// [`MOST`] tokens at most, from all over the text. `name` stands for the text in errors.
 pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str, length: usize) -> Result<Vec<Vec<u32>>> {
     let ids = tokenizer.encode(text, Specials::AsText)?;
@@ -44,13 +44,11 @@ pub fn sequences(tokenizer: &Tokenizer, text: &str, name: &str, length: usize) -
             ids.len()
         );
     }
-    let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
-    let windows: Vec<&[u32]> = ids.chunks((length - bos.iter().len()).max(1)).collect();
+    let prefix = tokenizer.prefix();
+    let windows: Vec<&[u32]> = ids.chunks(length.saturating_sub(prefix.len()).max(1)).collect();
     let count = windows.len().min(MOST / length.max(1));
     // Evenly from the whole text where it is longer.
-    Ok((0..count)
-        .map(|i| bos.into_iter().chain(windows[i * windows.len() / count].iter().copied()).collect())
-        .collect())
+    Ok((0..count).map(|i| [&prefix, windows[i * windows.len() / count]].concat()).collect())
 }
 
 /// How much a model is to write itself.

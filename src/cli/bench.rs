@@ -5,6 +5,7 @@ use super::{Global, Progress, print_json, size};
 use crate::engine::{Engine, Options};
 use crate::store::Store;
 use anyhow::{Result, bail};
+use rushlight_models::model::Linear;
 use rushlight_quant::PeakArithmetic;
 use serde::Serialize;
 use std::io::Write;
@@ -245,7 +246,7 @@ fn generation(
 #[derive(Clone, Copy)]
 struct Limits {
     bandwidth: f64,
-    /// Bytes of weights, and of the cache for each position.
+    /// Bytes of the weights that a token meets, and of the cache for each position.
     weights: f64,
     position: f64,
     /// Tokens of a prompt a second.
@@ -257,7 +258,12 @@ struct Limits {
 impl Limits {
     fn new(engine: &Engine, bandwidth: f64, peaks: &PeakArithmetic) -> Limits {
         let model = engine.model();
-        let weights = |l: &rushlight_models::model::Linear| (l.weight().rows() * l.weight().cols()) as f64;
+        // A token goes through a few of the experts, and sequences that say the same through the same.
+        let used = |l: &Linear| match (l.role.expert(), &model.spec.layers[l.layer].experts) {
+            (Some(_), Some(experts)) => experts.used as f64 / experts.count as f64,
+            _ => 1.0,
+        };
+        let weights = |l: &Linear| (l.weight().rows() * l.weight().cols()) as f64 * used(l);
         let all = 2.0 * model.linears().map(weights).sum::<f64>();
         // The head works on the prompt's last token alone.
         let layers = all - 2.0 * weights(&model.head);
@@ -268,7 +274,7 @@ impl Limits {
         };
         Limits {
             bandwidth,
-            weights: model.linears().map(|l| l.weight().data().len() as f64).sum(),
+            weights: model.linears().map(|l| l.weight().data().len() as f64 * used(l)).sum(),
             position: engine.memory().kv_per_token as f64,
             prompt: prompts.map(|peak| peak / layers),
             steps: if model.is_float() { peaks.f32 } else { peaks.int8 }.map(|peak| peak / all),
@@ -324,4 +330,28 @@ fn print(report: &Report) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experts_count_as_far_as_tokens_meet_them() {
+        let shared = std::env::var_os("RUSHLIGHT_SHARED").map(PathBuf::from);
+        let shared = shared.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../shared").into());
+        let path = shared.join("fixtures/families/mixtral");
+        if !path.exists() {
+            println!("skipped: no reference data at {}", path.display());
+            return;
+        }
+        let engine = Engine::open(&path, &Options { threads: Some(1), ..Options::default() }).unwrap();
+        let peaks = PeakArithmetic { int8: None, bf16: None, f32: Some(1e12) };
+        let limits = Limits::new(&engine, 1e9, &peaks);
+        let met = |l: &&Linear| l.role.expert().is_none_or(|i| i < 2);
+        let weights: usize = engine.model().linears().filter(met).map(|l| l.weight.rows() * l.weight.cols()).sum();
+        assert_eq!(engine.spec().layers[0].experts.as_ref().map(|e| e.used), Some(2));
+        assert_eq!(limits.weights, 4.0 * weights as f64);
+        assert_eq!(limits.steps, Some(1e12 / (2.0 * weights as f64)));
+    }
 }

@@ -87,10 +87,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let subjects = subjects(&task, &wanted)?;
     let mut file = args.output.as_ref().map(|path| AtomicFile::create(path)).transpose()?;
     let checkpoint = Checkpoint::open(&path)?;
-    let tokenizer = match checkpoint.metadata() {
-        Some(metadata) => Tokenizer::from_gguf(metadata, &path)?,
-        None => Tokenizer::from_dir(&path)?,
-    };
+    let tokenizer = Tokenizer::of(&checkpoint)?;
     let mut asked = encode(&subjects, &tokenizer)?;
     let most = recognise(&checkpoint)?.1.context_length;
     let truncated = fit(&mut asked, most);

@@ -103,7 +103,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         Event::Note(note) => tracing::warn!("{note}"),
     };
     let reply = if args.raw {
-        let mut ids: Vec<u32> = tokenizer.bos().filter(|_| tokenizer.add_bos()).into_iter().collect();
+        let mut ids = tokenizer.prefix();
         ids.extend(tokenizer.encode(&text, Specials::AsText)?);
         session.complete(&mut loaded.engine, ids, &ask, &interrupt, &mut event)?
     } else {

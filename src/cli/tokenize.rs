@@ -47,8 +47,8 @@ pub fn run(args: &TokenizeArgs) -> Result<()> {
     let tokenizer = Tokenizer::open(Path::new(model))?;
     let specials = if args.parse_special { Specials::Parse } else { Specials::Native };
     let mut ids = tokenizer.encode(&text, specials)?;
-    if tokenizer.add_bos() && !args.no_bos {
-        ids.splice(0..0, tokenizer.bos());
+    if !args.no_bos {
+        ids.splice(0..0, tokenizer.prefix());
     }
     let pieces: Vec<_> = ids.iter().map(|&id| tokenizer.piece(id).unwrap_or_default()).collect();
     let mut out = String::new();

@@ -23,14 +23,8 @@ impl Loaded {
     pub fn open(path: &Path, options: &Options) -> Result<Loaded> {
         let checkpoint = Checkpoint::open(path)?;
         let sampling = published_sampling(&checkpoint);
-        let tokenizer = match checkpoint.metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata, path)?,
-            None => Tokenizer::from_dir(path)?,
-        };
+        let tokenizer = Tokenizer::of(&checkpoint)?;
         let engine = Engine::from_checkpoint(checkpoint, options)?;
-        if let Err(what) = tokenizer.check_rows(engine.vocab_size()) {
-            bail!("{}: {what}", path.display());
-        }
         Ok(Loaded { engine, tokenizer: Arc::new(tokenizer), sampling })
     }
 

@@ -60,10 +60,7 @@ impl Speculator {
     /// When the model cannot be opened, or its tokens are others.
     pub fn model(path: &Path, tokenizer: &Tokenizer, options: &Options, most: usize) -> Result<Speculator> {
         let checkpoint = Checkpoint::open(path)?;
-        let own = match checkpoint.metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata, path)?,
-            None => Tokenizer::from_dir(path)?,
-        };
+        let own = Tokenizer::of(&checkpoint).context("the draft model")?;
         // Vocabularies may be padded to different lengths.
         let shared = own.vocab_size().min(tokenizer.vocab_size()) as u32;
         let other = (0..shared).find(|&id| own.token_bytes(id) != tokenizer.token_bytes(id));

@@ -36,10 +36,10 @@ pub struct Asked {
     pub choices: Vec<Choice>,
 }
 
-/// The tokens of every question, with the BOS token where the model wants one. Context and choice are encoded as one text,
+/// The tokens of every question, with the marks that the model wants before a text. Context and choice are encoded as one text,
 /// spaces at the context's end with the choice, and come apart where the context alone would have ended.
 pub fn encode(subjects: &[Subject], tokenizer: &Tokenizer) -> Result<Vec<Asked>> {
-    let bos = if tokenizer.add_bos() { tokenizer.bos() } else { None };
+    let prefix = tokenizer.prefix();
     let mut all = Vec::new();
     for (subject, s) in subjects.iter().enumerate() {
         for (item, question) in s.items.iter().enumerate() {
@@ -50,7 +50,7 @@ pub fn encode(subjects: &[Subject], tokenizer: &Tokenizer) -> Result<Vec<Asked>>
             for choice in &question.choices {
                 let text = tokenizer.encode(&format!("{whole} {choice}"), Specials::Native)?;
                 let own = text.len().saturating_sub(start);
-                let ids: Vec<u32> = bos.into_iter().chain(text).collect();
+                let ids = [&prefix[..], &text].concat();
                 if own == 0 || ids.len() == own {
                     bail!(
                         "{}: the choice '{}' cannot be told from the question: no token is its own",

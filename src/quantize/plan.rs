@@ -1,7 +1,7 @@
 //! What will be written: for each tensor its format and the importance of its columns.
 
 use super::mix::{Chosen, Traits, choose};
-use super::types::{Target, Wishes};
+use super::types::{FORMATS, Target, Wishes};
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::checkpoint::{Checkpoint, Kind, Metadata, TensorInfo, Value, gguf};
@@ -119,7 +119,14 @@ impl Plan {
             // What is not for quantizing is small, and programs want it in f32 where a GGUF file does not say otherwise.
             let left = if from_gguf { source.format } else { Format::F32 };
             let format = format.unwrap_or(left);
-            tensors.push(Planned { instead_of, ..Planned::new(checkpoint, source, format) });
+            let mut planned = Planned { instead_of, ..Planned::new(checkpoint, source, format) };
+            // Codes that are there already do not make way for larger ones that were not asked for.
+            let (written, stored) = planned.bytes();
+            let kept = FORMATS.contains(&planned.source.format) && planned.order.is_none();
+            if instead_of.is_some() && kept && stored <= written {
+                planned.format = planned.source.format;
+            }
+            tensors.push(planned);
         }
         set(&mut metadata, "general.quantization_version", Value::Unsigned(QUANTIZATION_VERSION));
         set(&mut metadata, "general.file_type", Value::Unsigned(target.file_type.into()));

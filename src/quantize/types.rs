@@ -48,10 +48,10 @@ impl Target {
     /// The target where nothing else is known.
     pub const DEFAULT: Target = target("Q4_K_M", Format::Q4_K, 15);
 
-    /// The target that keeps the codes of an integer grid that another tool has chosen (GPTQ, AWQ, LLM.int8), where that
-    /// is what most weights of a checkpoint are.
+    /// The target that keeps the codes that another tool has chosen (GPTQ, AWQ, LLM.int8, MXFP4), where that is what most
+    /// weights of a checkpoint are.
     pub fn natural(checkpoint: &Checkpoint) -> Option<Target> {
-        let (mut all, mut kept) = (0, [("Q4_0", 0), ("Q4_1", 0), ("Q8_0", 0)]);
+        let (mut all, mut kept) = (0, [("Q4_0", 0), ("Q4_1", 0), ("Q8_0", 0), ("MXFP4_MOE", 0)]);
         for info in checkpoint.tensors() {
             // What looks words up or scores them says nothing of how the rest was made.
             let words = info.name.contains("embed") || info.name.contains("lm_head");
@@ -61,6 +61,7 @@ impl Target {
                 Format::Q4_0 => 0,
                 Format::Q4_Z => 1,
                 Format::Q8_0 | Format::Q8_F => 2,
+                Format::MXFP4 => 3,
                 _ => continue,
             };
             if checkpoint.metadata().is_none() && checkpoint.column_order(&info.name).is_none() {

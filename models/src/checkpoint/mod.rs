@@ -13,6 +13,7 @@ pub mod huggingface;
 pub mod imatrix;
 mod map;
 mod metadata;
+mod mxfp4;
 mod prequantized;
 pub mod pytorch;
 pub mod safetensors;
@@ -223,8 +224,8 @@ impl Checkpoint {
         }
     }
 
-    /// Whether the tensor called `name` is packed anew from what another tool has quantized (GPTQ, AWQ, bitsandbytes).
-    /// Those tools multiply by floats: activations that meet it are rounded finely.
+    /// Whether the tensor called `name` is packed anew from what another tool has quantized (GPTQ, AWQ, bitsandbytes,
+    /// MXFP4), a row for each output. Those tools multiply by floats: activations that meet it are rounded finely.
     pub fn is_repacked(&self, name: &str) -> bool {
         self.position(name).is_some_and(|i| matches!(self.data[i], Stored::Packed(_)))
     }

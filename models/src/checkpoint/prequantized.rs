@@ -5,7 +5,7 @@
 //! format that holds its numbers as they are. The layer itself is packed when [`Checkpoint::tensor`] is asked for it,
 //! from the mapped file and by several threads.
 
-use super::{Bytes, Checkpoint, Stored, TensorInfo, awq, bitsandbytes, gptq, huggingface};
+use super::{Bytes, Checkpoint, Stored, TensorInfo, awq, bitsandbytes, gptq, huggingface, mxfp4};
 use crate::{Error, Result};
 use rushlight_quant::buffer::Aligned;
 use rushlight_quant::formats::{Format, bf16_to_f32, f16_to_f32};
@@ -20,6 +20,7 @@ pub(super) enum Method {
     Gptq(gptq::Config),
     Awq(awq::Config),
     BitsAndBytes,
+    Mxfp4,
 }
 
 impl Method {
@@ -28,11 +29,12 @@ impl Method {
             Method::Gptq(_) => "GPTQ",
             Method::Awq(_) => "AWQ",
             Method::BitsAndBytes => "bitsandbytes",
+            Method::Mxfp4 => "mxfp4",
         }
     }
 }
 
-const KNOWN: &str = "gptq, awq, bitsandbytes";
+const KNOWN: &str = "gptq, awq, bitsandbytes, mxfp4";
 
 /// Reads `quantization_config` of `config`, or the file that older tools wrote in its place. `None` where the weights
 /// are not quantized.
@@ -60,6 +62,7 @@ fn method(config: &Fields<'_>, otherwise: Option<&str>) -> Result<Method> {
         Some("gptq") => gptq::Config::read(config).map(Method::Gptq),
         Some("awq") => awq::Config::read(config).map(Method::Awq),
         Some("bitsandbytes" | "bitsandbytes_4bit" | "bitsandbytes_8bit") => Ok(Method::BitsAndBytes),
+        Some("mxfp4") => Ok(Method::Mxfp4),
         None if load => Ok(Method::BitsAndBytes),
         Some(other) => Err(config.error(format!(
             "its weights are quantized by '{other}', which cannot be read; the methods that can be are {KNOWN}: use one \
@@ -215,10 +218,11 @@ pub(super) enum LayerParts {
     Grid(gptq::Grid),
     Table(bitsandbytes::Table),
     Bytes(bitsandbytes::SignedBytes),
+    Blocks(Arc<mxfp4::Blocks>),
 }
 
 impl Layer {
-    /// The layer's packed rows.
+    /// The layer's packed rows. Those of experts are packed when they are first looked at.
     ///
     /// # Errors
     /// When there is no memory for them.
@@ -227,6 +231,7 @@ impl Layer {
             LayerParts::Grid(grid) => self.fill(64, &|first, out| grid.pack(self, first, out)),
             LayerParts::Table(table) => self.fill(16, &|first, out| table.pack(self, first, out)),
             LayerParts::Bytes(bytes) => self.fill(16, &|first, out| bytes.pack(self, first, out)),
+            LayerParts::Blocks(blocks) => Ok(Bytes::made(blocks.clone(), self.rows)),
         }
     }
 
@@ -282,7 +287,12 @@ pub(super) struct Layers {
 
 impl Layers {
     /// Adds the layer whose weight is called `name`.
-    pub fn add(&mut self, name: String, mut layer: Layer) {
+    pub fn add(&mut self, name: String, layer: Layer) {
+        self.add_stack(name, &[], layer);
+    }
+
+    /// Adds the layer whose weight is called `name`: as many matrices as the dimensions `outer` say, one behind the other.
+    pub fn add_stack(&mut self, name: String, outer: &[usize], mut layer: Layer) {
         // Queries, keys and values usually share their order: it is then kept, and later gathered, once.
         if let Some(order) = layer.order.take() {
             let shared = self.orders.get(&order).cloned().unwrap_or_else(|| {
@@ -292,7 +302,9 @@ impl Layers {
             layer.order = Some(shared);
         }
         self.floats += usize::from(layer.format.is_float());
-        let info = TensorInfo { name, format: layer.format, shape: vec![layer.rows, layer.cols] };
+        let of_matrix = layer.rows / outer.iter().product::<usize>();
+        let shape = [outer, &[of_matrix, layer.cols]].concat();
+        let info = TensorInfo { name, format: layer.format, shape };
         self.layers.push((info, layer));
     }
 
@@ -325,6 +337,7 @@ pub(super) fn resolve(mut checkpoint: Checkpoint, method: &Method) -> Result<Che
         Method::Gptq(config) => gptq::find(&mut layers, config)?,
         Method::Awq(config) => awq::find(&mut layers, config)?,
         Method::BitsAndBytes => bitsandbytes::find(&mut layers)?,
+        Method::Mxfp4 => mxfp4::find(&mut layers)?,
     }
     if layers.layers.is_empty() {
         return Err(layers.error(format!(

@@ -74,8 +74,12 @@ impl Converted {
             Source::Data(data) => return Ok(data.clone()),
             Source::Parts { parts, rows } => {
                 let data = match &parts[..] {
-                    [whole] => whole.clone(),
-                    parts => Bytes::new(parts.iter().flat_map(|part| part.iter().copied()).collect::<Vec<u8>>()),
+                    [whole] => whole.passing(),
+                    parts => {
+                        let mut data = Vec::with_capacity(parts.iter().map(Bytes::len).sum());
+                        parts.iter().for_each(|part| data.extend_from_slice(&part.passing()));
+                        Bytes::new(data)
+                    }
                 };
                 return Ok(in_order(data, self.shape.first().copied().unwrap_or(1), rows.as_deref()));
             }

@@ -3,7 +3,7 @@
 use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, LAYER_NORM, PLAIN, Role};
 use crate::Result;
 use crate::packing::Packing;
-use crate::spec::{Alibi, Biases, ModelSpec};
+use crate::spec::{Alibi, Biases, ModelSpec, Placement};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
 pub(super) static FAMILY: Family = Family {
@@ -47,8 +47,11 @@ const BLOOM: Fields = Fields {
 };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    config.only("apply_residual_connection_post_layernorm", false)?;
-    Ok(with_distances(config.decoder_of("bloom", &BLOOM)?))
+    let mut spec = with_distances(config.decoder_of("bloom", &BLOOM)?);
+    if config.bool_or("apply_residual_connection_post_layernorm", false)? {
+        spec.placement = Placement::Stream;
+    }
+    Ok(spec)
 }
 
 fn with_distances(mut spec: ModelSpec) -> ModelSpec {

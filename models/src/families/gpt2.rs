@@ -9,7 +9,7 @@ pub(super) static FAMILY: Family = Family {
     name: "gpt2",
     model_types: &["gpt2"],
     architectures: &["GPT2LMHeadModel"],
-    from_config: |config| from_config(config, "gpt2"),
+    from_config: |config| by_depth(config, from_config(config, "gpt2")?),
     names: NAMES,
     base: &[],
     gguf: Some(Gguf { architecture: "gpt2", from_keys, names: &[(Role::Qkv, "blk.{}.attn_qkv")], reordered: false }),
@@ -34,11 +34,18 @@ pub(super) const NAMES: Names = &[
 const BIAS: Biases = Biases { qkv: true, output: true, up: true, down: true, head: false };
 
 pub(super) fn from_config(config: &Config<'_>, family: &'static str) -> Result<ModelSpec> {
-    config.only("scale_attn_by_inverse_layer_idx", false)?;
     config.only("add_cross_attention", false)?;
     let mut spec = learned(ModelSpec { bias: BIAS, ..config.decoder_of(family, &GPT_FIELDS)? });
     if !config.bool_or("scale_attn_weights", true)? {
         spec.attention_scale = 1.0;
+    }
+    Ok(spec)
+}
+
+/// Some models make attention's scores smaller from layer to layer.
+fn by_depth(config: &Config<'_>, mut spec: ModelSpec) -> Result<ModelSpec> {
+    if config.bool_or("scale_attn_by_inverse_layer_idx", false)? {
+        spec.layers.iter_mut().enumerate().for_each(|(i, layer)| layer.attention_scale = 1.0 / (i + 1) as f32);
     }
     Ok(spec)
 }

@@ -35,6 +35,10 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     if !config.has("rope_scaling") && !config.has("rope_parameters") {
         return Err(config.error("the field rope_scaling is missing"));
     }
+    // GGUF files have no key for it, and the reference takes it for granted too.
+    if let Some(other) = config.f32_opt("swiglu_limit")?.filter(|limit| *limit != 7.0) {
+        return Err(config.error(format!("swiglu_limit = {other} is not supported")));
+    }
     let mut spec = ModelSpec { sinks: true, ..config.decoder_of("gpt_oss", &OSS)? };
     let attention = config.bool_or("attention_bias", true)?;
     spec.bias = Biases { qkv: attention, output: attention, up: true, down: true, head: false };

@@ -392,6 +392,7 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
         ("experts", layers(|a, b| a.experts == b.experts)),
         ("activation", layers(|a, b| a.mlp == b.mlp)),
         ("attention scale", a.attention_scale == b.attention_scale && a.attention_softcap == b.attention_softcap),
+        ("attention scale", layers(|a, b| a.attention_scale == b.attention_scale)),
         ("scales of embeddings and branches", {
             a.embedding_scale == b.embedding_scale && a.residual_scale == b.residual_scale
         }),

@@ -483,7 +483,16 @@ impl Basics {
             branches: Branches::Sequential,
             bias: Biases::default(),
             ropes: vec![self.rope],
-            layers: vec![LayerSpec { window: None, rope: Some(0), mlp: Some(self.mlp), experts: None }; self.layers],
+            layers: vec![
+                LayerSpec {
+                    window: None,
+                    rope: Some(0),
+                    attention_scale: 1.0,
+                    mlp: Some(self.mlp),
+                    experts: None
+                };
+                self.layers
+            ],
             tied_head: self.tied_head,
             normed_head: false,
             prefix: None,

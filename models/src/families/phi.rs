@@ -2,7 +2,7 @@
 
 use super::{Config, FIELDS, Family, Fields, Gguf, Keys, LAYER_NORM, PLAIN, Role};
 use crate::Result;
-use crate::spec::{Biases, Branches, ModelSpec};
+use crate::spec::{Biases, Branches, ModelSpec, QkNorm};
 use rushlight_quant::ops::RopeLayout;
 
 pub(super) static FAMILY: Family = Family {
@@ -13,6 +13,8 @@ pub(super) static FAMILY: Family = Family {
     names: &[
         (Role::FinalNorm, "model.final_layernorm"),
         (Role::O, "model.layers.{}.self_attn.dense"),
+        (Role::QNorm, "model.layers.{}.self_attn.q_layernorm"),
+        (Role::KNorm, "model.layers.{}.self_attn.k_layernorm"),
         (Role::Up, "model.layers.{}.mlp.fc1"),
         (Role::Down, "model.layers.{}.mlp.fc2"),
     ],
@@ -24,8 +26,8 @@ const PHI: Fields = Fields { eps: "layer_norm_eps", norm: LAYER_NORM, gated: fal
 const BIAS: Biases = Biases { qkv: true, output: true, up: true, down: true, head: true };
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    config.only("qk_layernorm", false)?;
-    Ok(ModelSpec { bias: BIAS, branches: Branches::ParallelShared, ..config.decoder_of("phi", &PHI)? })
+    let qk_norm = if config.bool_or("qk_layernorm", false)? { QkNorm::Head } else { QkNorm::None };
+    Ok(ModelSpec { bias: BIAS, branches: Branches::ParallelShared, qk_norm, ..config.decoder_of("phi", &PHI)? })
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {

@@ -316,7 +316,10 @@ impl<'a> Finder<'a> {
 
     fn matrix(&mut self, place: &Place, cols: usize) -> Option<(usize, Weight)> {
         let name = self.stored(&place.name, ".weight", "");
-        let (rows, cols) = if place.transposed { (cols, place.rows) } else { (place.rows, cols) };
+        let repacked = self.checkpoint.is_repacked(&name);
+        // What another tool has packed has a row for each output, whatever the family does with floats.
+        let transposed = place.transposed && !repacked;
+        let (rows, cols) = if transposed { (cols, place.rows) } else { (place.rows, cols) };
         let shape: Vec<usize> = place.expert.iter().map(|e| e.1).chain([rows, cols]).collect();
         let (id, info, data) = self.find(&name, &shape)?;
         let whole = |data: Bytes| {
@@ -327,13 +330,12 @@ impl<'a> Finder<'a> {
                 }
                 None => data,
             };
-            let fine = self.checkpoint.is_repacked(&name);
-            let weight = Weight::new(info.format, rows, cols, data)?.with_fine_activations(fine);
+            let weight = Weight::new(info.format, rows, cols, data)?.with_fine_activations(repacked);
             let weight = match self.checkpoint.column_order(&name) {
                 Some(order) => weight.with_order(order)?,
                 None => weight,
             };
-            let weight = if place.transposed { weight.transposed()? } else { weight };
+            let weight = if transposed { weight.transposed()? } else { weight };
             place.part.as_ref().map_or(Some(weight.clone()), |part| part.of(&weight))
         };
         let weight = whole(data);

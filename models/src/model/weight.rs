@@ -174,10 +174,10 @@ impl Weight {
         Some(Weight::new(format, self.rows, self.cols, Bytes::new(data))?.with_fine_activations(true))
     }
 
-    /// A copy with the rows `order`.
+    /// A copy with the rows `order`, made when it is first looked at where these are.
     pub fn with_rows(&self, order: &[usize]) -> Weight {
-        let data: Vec<u8> = order.iter().flat_map(|&r| self.row(r).iter().copied()).collect();
-        Weight { rows: order.len(), data: Bytes::new(data), order: self.order.clone(), ..*self }
+        let data = self.data.rows(self.data.len() / self.rows, order);
+        Weight { rows: order.len(), data, order: self.order.clone(), ..*self }
     }
 }
 

@@ -4,7 +4,7 @@ use super::added::{Added, Matcher};
 use super::bpe::{Bpe, Order};
 use super::unigram::Unigram;
 use super::vocabulary::Kind;
-use super::{Model, Pipeline, Specials, Spelling, Tokenizer, json, sentencepiece};
+use super::{Model, Pipeline, Specials, Spelling, Tokenizer, glm, json, sentencepiece};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -31,11 +31,15 @@ pub fn optional_json(dir: &Path, name: &str) -> Result<Value> {
 /// Reads the tokenizer in `dir`, and what the files around it say about its special tokens.
 pub fn read(dir: &Path) -> Result<Tokenizer> {
     let (bytes, path) = find(dir)?.ok_or_else(|| {
-        Error::file(dir, "no tokenizer (tokenizer.json, tokenizer.model or *.tiktoken) in this directory")
+        Error::file(
+            dir,
+            "no tokenizer (tokenizer.json, tokenizer.model, ice_text.model or *.tiktoken) in this directory",
+        )
     })?;
     let mut tokenizer = Tokenizer::from_bytes(&bytes, &path)?;
     drop(bytes);
     let config = optional_json(dir, "tokenizer_config.json")?;
+    glm::complete(&mut tokenizer, &path, &config, &optional_json(dir, "config.json")?)?;
     add_tokens(&mut tokenizer, &config, &dir.join("tokenizer_config.json"))?;
     let map = optional_json(dir, "special_tokens_map.json")?;
     for (source, weak) in [(&map, true), (&config, false)] {
@@ -73,7 +77,7 @@ pub fn read(dir: &Path) -> Result<Tokenizer> {
 
 /// The contents and the path of the tokenizer's file; `None` where there is none.
 pub fn find(dir: &Path) -> Result<Option<(Vec<u8>, PathBuf)>> {
-    for name in ["tokenizer.json", "tokenizer.model"] {
+    for name in ["tokenizer.json", "tokenizer.model", glm::FIRST] {
         if let Some(bytes) = optional(dir, name)? {
             return Ok(Some((bytes, dir.join(name))));
         }
@@ -130,6 +134,7 @@ pub fn from_sentencepiece(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
         bos: m.bos,
         eos: m.eos,
         add_bos: true,
+        start: Vec::new(),
         add_eos: false,
         ends: BTreeSet::new(),
         native: Specials::AsText,

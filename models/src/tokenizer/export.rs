@@ -222,7 +222,8 @@ impl Tokenizer {
         notes: &mut Vec<String>,
     ) -> Result<Whitespace, String> {
         let json = |step: Result<Json, serde_json::Error>| step.map_err(|e| e.to_string());
-        let mut rules = Whitespace { charsmap: None, add_prefix: false, remove_extra: false, escape: false };
+        let mut rules =
+            Whitespace { charsmap: None, add_prefix: false, remove_extra: false, escape: false, blanks: false };
         for step in normalizers {
             let step = json(serde_json::to_value(step))?;
             match step["type"].as_str().unwrap_or_default() {

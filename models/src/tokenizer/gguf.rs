@@ -71,7 +71,8 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
             (spelling, default_bos, prefix_space) = (Spelling::Bytes, pre.add_bos, false);
         }
         "gpt2" | "gemma4" => {
-            let whitespace = Whitespace { charsmap: None, add_prefix: false, remove_extra: false, escape: true };
+            let whitespace =
+                Whitespace { charsmap: None, add_prefix: false, remove_extra: false, escape: true, blanks: false };
             let bpe = Bpe {
                 order: Order::Merges(merges(metadata, &vocabulary).map_err(&bad)?),
                 bytes: vocabulary.bytes(),
@@ -98,6 +99,7 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
                 add_prefix: flag("add_space_prefix").unwrap_or(true),
                 remove_extra: flag("remove_extra_whitespaces").unwrap_or(false),
                 escape: true,
+                blanks: false,
             };
             prefix_space = whitespace.add_prefix;
             let unknown =
@@ -134,6 +136,7 @@ pub fn read(metadata: &Metadata, path: &Path) -> Result<Tokenizer> {
         bos,
         eos,
         add_bos: flag("add_bos_token").unwrap_or(default_bos),
+        start: Vec::new(),
         add_eos: flag("add_eos_token").unwrap_or(model == "t5"),
         ends,
         native: Specials::Native,

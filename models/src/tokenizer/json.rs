@@ -263,6 +263,7 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
         bos,
         eos,
         add_bos: bos.is_some(),
+        start: Vec::new(),
         add_eos: eos.is_some(),
         ends: BTreeSet::new(),
         native: Specials::Native,

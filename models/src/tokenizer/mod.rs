@@ -11,6 +11,7 @@ mod charsmap;
 mod dir;
 mod export;
 mod gguf;
+mod glm;
 mod huggingface;
 mod json;
 mod places;
@@ -28,8 +29,8 @@ pub(crate) use huggingface::files;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, RenderOptions};
 
-use crate::checkpoint::Metadata;
-use crate::{Error, Result};
+use crate::checkpoint::{Checkpoint, Metadata};
+use crate::{Error, Result, families};
 use added::{Added, Cut, Matcher};
 use bpe::{Bpe, Scratch};
 use sentencepiece::Whitespace;
@@ -69,6 +70,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     eos: Option<u32>,
     add_bos: bool,
+    /// What stands before a text instead of `bos`, where that is more than one mark.
+    start: Vec<u32>,
     add_eos: bool,
     ends: BTreeSet<u32>,
     native: Specials,
@@ -125,6 +128,7 @@ const END_MARKS: &[&str] = &[
     "<turn|>",
     "<|end|>",
     "<|return|>",
+    "<eoa>",
     "<|call|>",
     "<|end_of_turn|>",
     "<|END_OF_TURN_TOKEN|>",
@@ -151,6 +155,21 @@ impl Tokenizer {
             return Tokenizer::from_dir(path);
         }
         Tokenizer::from_gguf(&crate::checkpoint::gguf::read_metadata(path)?, path)
+    }
+
+    /// The tokenizer of the model `checkpoint`: what it makes of any text has a place in the model's embedding.
+    ///
+    /// # Errors
+    /// When there is none, or it belongs to another model.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+        let path = checkpoint.path();
+        let tokenizer = match checkpoint.metadata() {
+            Some(metadata) => Tokenizer::from_gguf(metadata, path)?,
+            None => Tokenizer::from_dir(path)?,
+        };
+        let (_, spec) = families::recognise(checkpoint)?;
+        tokenizer.check_rows(spec.vocab_size).map_err(|what| Error::file(path, what))?;
+        Ok(tokenizer)
     }
 
     /// The tokenizer in the metadata of the GGUF file `path` (which is only used to name it).
@@ -301,6 +320,14 @@ impl Tokenizer {
         self.add_bos && self.bos.is_some()
     }
 
+    /// The marks that the model expects before a text: [`Tokenizer::bos`] or nothing, but for ChatGLM's two.
+    pub fn prefix(&self) -> Vec<u32> {
+        match self.start[..] {
+            [] => self.bos.filter(|_| self.add_bos).into_iter().collect(),
+            _ => self.start.clone(),
+        }
+    }
+
     /// Whether the model expects [`Tokenizer::eos`] after a text.
     pub fn add_eos(&self) -> bool {
         self.add_eos && self.eos.is_some()
@@ -401,8 +428,18 @@ impl Tokenizer {
         &self.marks
     }
 
-    /// Adds to the ids that end a turn the end-of-text mark and the well-known marks of chat formats.
+    /// Adds to the ids that end a turn the end-of-text mark and the well-known marks of chat formats, and to the marks
+    /// those by which Baichuan's models tell who speaks: pieces to their tokenizers, numbers to their code.
     fn find_ends(&mut self) {
+        let roles =
+            [("<reserved_106>", 195), ("<reserved_107>", 196), ("<reserved_102>", 195), ("<reserved_103>", 196)];
+        let speakers = roles.into_iter().filter(|(name, id)| self.vocabulary.id(name) == Some(*id));
+        let speakers: Vec<Added> =
+            speakers.map(|(name, id)| Added { native: false, ..Added::new(id, name, true) }).collect();
+        if let [first, ..] = &speakers[..] {
+            self.ends.insert(first.id);
+            self.marks = Matcher::new(self.marks.tokens().iter().cloned().chain(speakers));
+        }
         self.ends.extend(self.eos);
         for mark in END_MARKS {
             if let Some(id) = self.vocabulary.id(mark)

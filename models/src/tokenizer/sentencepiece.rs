@@ -1,4 +1,5 @@
 use super::charsmap::Charsmap;
+use super::glm;
 use super::vocabulary::{Kind, MAX_IDS, Vocabulary, byte_of};
 use crate::{Error, Result};
 use std::path::Path;
@@ -13,11 +14,21 @@ pub struct Whitespace {
     pub remove_extra: bool,
     /// Whether spaces become `▁`.
     pub escape: bool,
+    /// Whether line breaks, tabs and runs of spaces are spelled as pieces of their own before anything else.
+    pub blanks: bool,
 }
 
 impl Whitespace {
     /// `text` as the pieces spell it.
     pub fn apply(&self, text: &str) -> String {
+        let spelled;
+        let text = match self.blanks {
+            true => {
+                spelled = glm::blanks().fold(text.to_owned(), |text, (piece, blank)| text.replace(&blank, &piece));
+                &spelled[..]
+            }
+            false => text,
+        };
         let mapped;
         let text = match &self.charsmap {
             Some(map) => {
@@ -81,7 +92,8 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Model> {
     let mut model_type = 1;
     let mut byte_fallback = false;
     let (mut unknown, mut bos, mut eos) = (0i32, 1i32, 2i32);
-    let mut whitespace = Whitespace { charsmap: None, add_prefix: true, remove_extra: true, escape: true };
+    let mut whitespace =
+        Whitespace { charsmap: None, add_prefix: true, remove_extra: true, escape: true, blanks: false };
     let mut fields = Fields(bytes);
     while let Some((field, value)) = fields.next().map_err(|()| broken())? {
         match (field, value) {

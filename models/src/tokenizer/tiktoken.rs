@@ -63,6 +63,7 @@ pub fn read(bytes: &[u8], path: &Path) -> Result<Tokenizer> {
         bos,
         eos,
         add_bos: bos.is_some(),
+        start: Vec::new(),
         add_eos: false,
         ends: BTreeSet::new(),
         native: Specials::Native,

@@ -289,7 +289,7 @@ fn with_gptq(
         stop,
         gptq,
     };
-    let tokenizer = tokenizer(checkpoint)?;
+    let tokenizer = Tokenizer::of(checkpoint)?;
     options.check(&tokenizer)?;
     let fingerprint = fingerprint.with("method", "gptq").with_files("source", checkpoint.path())?;
     let scratch = Scratch::open(output, &options.fingerprint(fingerprint))?;
@@ -312,13 +312,6 @@ fn with_gptq(
 
 fn hash(text: String) -> String {
     Sha256::digest(text).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn tokenizer(checkpoint: &Checkpoint) -> Result<Tokenizer> {
-    Ok(match checkpoint.metadata() {
-        Some(metadata) => Tokenizer::from_gguf(metadata, checkpoint.path())?,
-        None => Tokenizer::from_dir(checkpoint.path())?,
-    })
 }
 
 /// Reads the bits of `--bpw`.
@@ -356,7 +349,7 @@ fn fitted(
     let threads = args.threads.map(NonZeroUsize::get);
     let measured = sensitivity::measure(
         checkpoint,
-        &tokenizer(checkpoint)?,
+        &Tokenizer::of(checkpoint)?,
         text,
         plan,
         &free,
@@ -408,7 +401,7 @@ fn reported(
     })?;
     drop(bar);
     // A vocabulary may be missing: then nothing can be said of texts.
-    let comparison = match tokenizer(&checkpoint) {
+    let comparison = match Tokenizer::of(&checkpoint) {
         Err(e) => {
             tracing::warn!("the report has no comparison of predictions: {e}");
             None

@@ -97,7 +97,7 @@ impl Encoder<'_> {
                 let Some(tokenizer) = self.tokenizer else {
                     return Err(Refusal::Stop("texts need a tokenizer, and this model has none".into()));
                 };
-                let mut ids: Vec<u32> = tokenizer.bos().filter(|_| first && tokenizer.add_bos()).into_iter().collect();
+                let mut ids = if first { tokenizer.prefix() } else { Vec::new() };
                 ids.extend(tokenizer.encode(&text, Specials::AsText).map_err(|e| Refusal::Skip(e.to_string()))?);
                 ids.extend(tokenizer.eos().filter(|_| last));
                 let learned = Learned::Rows(every_row(&ids));

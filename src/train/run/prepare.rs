@@ -106,16 +106,7 @@ impl Request {
             max_seq_len <= context,
             "--max-seq-len {max_seq_len}: the model was made for {context} tokens; ask for at most that"
         );
-        let tokenizer = match checkpoint.metadata() {
-            Some(metadata) => Tokenizer::from_gguf(metadata, &self.model),
-            None => Tokenizer::from_dir(&self.model),
-        };
-        if let Ok(tokenizer) = &tokenizer
-            && let Err(what) = tokenizer.check_rows(model.spec.vocab_size)
-        {
-            bail!("{}: {what}", self.model.display());
-        }
-        let (tokenizer, without) = match tokenizer {
+        let (tokenizer, without) = match Tokenizer::of(&checkpoint) {
             Ok(tokenizer) => (Some(Arc::new(tokenizer)), None),
             Err(e) => (None, Some(e)),
         };

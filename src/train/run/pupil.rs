@@ -198,7 +198,7 @@ impl Lesson for Pupil {
                     session.reply(&mut engine, &ask, &self.stop, &mut |_| {})?
                 }
                 None => {
-                    let mut ids: Vec<u32> = tokenizer.bos().filter(|_| tokenizer.add_bos()).into_iter().collect();
+                    let mut ids = tokenizer.prefix();
                     ids.extend(tokenizer.encode(prompt, Specials::AsText)?);
                     session.complete(&mut engine, ids, &ask, &self.stop, &mut |_| {})?
                 }

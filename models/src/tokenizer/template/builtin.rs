@@ -64,6 +64,42 @@ const ALL: &[(&str, &str)] = &[
          {% elif m['role'] == 'user' %}{{ '### Instruction:\\n' + m['content'] + '\\n\\n' }}{% else %}{{ '### Response:\\n' + m['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}\
          {% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}",
     ),
+    // Those of ChatGLM, Baichuan and InternLM do in their code what others do with a template.
+    (
+        "chatglm",
+        "{% set ns = namespace(round=0) %}{% set rounds = messages | selectattr('role', 'equalto', 'user') | list | length %}\
+         {% for m in messages %}{% if m['role'] == 'user' and rounds > 1 %}{{ '[Round ' ~ ns.round ~ ']\\n问：' + m['content'] + '\\n答：' }}{% set ns.round = ns.round + 1 %}\
+         {% elif m['role'] == 'user' %}{{ m['content'] }}\
+         {% elif m['role'] == 'assistant' and loop.last %}{{ '[gMASK]<sop>' + m['content'] }}{% else %}{{ m['content'] + '\\n' }}{% endif %}{% endfor %}\
+         {% if add_generation_prompt %}{{ '[gMASK]<sop>' }}{% endif %}",
+    ),
+    (
+        "chatglm2",
+        "{{ '[gMASK]sop' }}{% set ns = namespace(round=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.round = ns.round + 1 %}\
+         {{ '[Round ' ~ ns.round ~ ']\\n\\n问：' + m['content'] + '\\n\\n答：' }}\
+         {% elif m['role'] == 'assistant' and loop.last %}{{ m['content'] }}{% else %}{{ m['content'] + '\\n\\n' }}{% endif %}{% endfor %}",
+    ),
+    (
+        "chatglm3",
+        "{{ '[gMASK]sop' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n ' + m['content'] }}{% endfor %}\
+         {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    ),
+    (
+        "baichuan",
+        "{% for m in messages %}{{ {'user': '<reserved_102>', 'assistant': '<reserved_103>'}.get(m['role'], '') + m['content'] }}{% endfor %}\
+         {% if add_generation_prompt %}{{ '<reserved_103>' }}{% endif %}",
+    ),
+    (
+        "baichuan2",
+        "{% for m in messages %}{{ {'user': '<reserved_106>', 'assistant': '<reserved_107>'}.get(m['role'], '') + m['content'] }}{% endfor %}\
+         {% if add_generation_prompt %}{{ '<reserved_107>' }}{% endif %}",
+    ),
+    (
+        "internlm",
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|Bot|>:' + m['content'] + '<eoa>\\n' }}\
+         {% else %}{{ {'system': '<|System|>:', 'user': '<|User|>:'}[m['role']] + m['content'] + '\\n' }}{% endif %}{% endfor %}\
+         {% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}",
+    ),
 ];
 
 /// The names, in the order they are listed to people.
@@ -78,14 +114,22 @@ pub fn source(name: &str) -> Option<&'static str> {
 
 /// The template whose marks the vocabulary has.
 pub fn guess(tokenizer: &Tokenizer) -> Option<&'static str> {
-    let has = |piece: &str| tokenizer.id(piece).is_some();
-    let tests: [(&str, &[&str]); 6] = [
+    // Baichuan's reserved pieces are many: those that are marks say which model it is.
+    let listed = |piece: &str| tokenizer.marks().tokens().iter().any(|mark| mark.content == piece);
+    let has = |piece: &str| if piece.starts_with("<reserved") { listed(piece) } else { tokenizer.id(piece).is_some() };
+    let tests: [(&str, &[&str]); 12] = [
         ("chatml", &["<|im_start|>", "<|im_end|>"]),
         ("llama3", &["<|start_header_id|>", "<|eot_id|>"]),
         ("gemma", &["<start_of_turn>", "<end_of_turn>"]),
+        ("chatglm3", &["[gMASK]", "sop", "<|assistant|>", "<|observation|>"]),
+        ("chatglm2", &["[gMASK]", "sop", "eop"]),
+        ("baichuan", &["<reserved_102>", "<reserved_103>"]),
+        ("baichuan2", &["<reserved_106>", "<reserved_107>"]),
+        ("internlm", &["<eoh>", "<eoa>"]),
         ("phi3", &["<|assistant|>", "<|end|>"]),
         ("zephyr", &["<|assistant|>", "<|user|>"]),
         ("mistral", &["[INST]", "[/INST]"]),
+        ("chatglm", &["[gMASK]", "<sop>", "<eop>"]),
     ];
     tests.into_iter().find(|(_, marks)| marks.iter().all(|m| has(m))).map(|t| t.0)
 }

@@ -61,14 +61,12 @@ impl ChatTemplate {
     }
 }
 
-/// The tokens of the rendered `text`, after the mark before a text where the model expects one.
+/// The tokens of the rendered `text`, after the marks before a text where the model expects any.
 pub(super) fn encode_rendered(tokenizer: &Tokenizer, text: &str, blocked: &[usize]) -> Result<Vec<u32>> {
     let mut ids = tokenizer.encode_except(text, Specials::Parse, blocked)?;
-    if let Some(bos) = tokenizer.bos()
-        && tokenizer.add_bos()
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
+    let prefix = tokenizer.prefix();
+    if !ids.starts_with(&prefix) {
+        ids.splice(0..0, prefix);
     }
     Ok(ids)
 }
@@ -113,9 +111,22 @@ impl Breaker<'_> {
         match value {
             Value::String(s) => Value::String(self.text(s)),
             Value::Array(list) => Value::Array(list.iter().map(|v| self.value(v)).collect()),
-            Value::Object(map) => map.iter().map(|(k, v)| (self.text(k), self.value(v))).collect(),
+            Value::Object(map) => map.iter().map(|(k, v)| (self.name(k), self.named(k, v))).collect(),
             other => other.clone(),
         }
+    }
+
+    fn named(&mut self, key: &str, value: &Value) -> Value {
+        match value {
+            Value::String(role) if key == "role" => Value::String(self.name(role)),
+            other => self.value(other),
+        }
+    }
+
+    /// The same for what templates compare with words of their own: only whole marks are broken, so that `role` stays what
+    /// it is where `eop` is a mark.
+    fn name(&mut self, text: &str) -> String {
+        if self.marks.find_special(text).is_some() { self.text(text) } else { text.to_owned() }
     }
 
     /// `text` with a splinter after the first character of each mark, wherever marks overlap too, and at the end if a
