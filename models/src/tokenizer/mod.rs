@@ -441,13 +441,14 @@ impl Tokenizer {
             self.marks = Matcher::new(self.marks.tokens().iter().cloned().chain(speakers));
         }
         self.ends.extend(self.eos);
-        for mark in END_MARKS {
-            if let Some(id) = self.vocabulary.id(mark)
-                && matches!(self.vocabulary.kind(id), Kind::Control | Kind::UserDefined)
-            {
-                self.ends.insert(id);
-            }
-        }
+        let mark = |name: &str| {
+            let kind = |id: &u32| matches!(self.vocabulary.kind(*id), Kind::Control | Kind::UserDefined);
+            self.vocabulary.id(name).filter(kind)
+        };
+        // gpt-oss ends each of its thoughts with what ends others' turns.
+        let thinks = mark("<|return|>").is_some() && mark("<|call|>").is_some();
+        let ends = END_MARKS.iter().filter(|name| !(thinks && **name == "<|end|>"));
+        self.ends.extend(ends.filter_map(|name| mark(name)));
     }
 }
 
