@@ -392,6 +392,8 @@ impl Tokenizer {
         let Some(piece) = self.vocabulary.piece(id) else { return Vec::new() };
         match (self.vocabulary.kind(id), self.spelling) {
             (Kind::Byte, _) => vocabulary::byte_of(piece).into_iter().collect(),
+            // What converters call rows of the embedding that have no token.
+            (Kind::Unused, _) if piece.strip_prefix("[PAD").is_some_and(|rest| rest == format!("{id}]")) => Vec::new(),
             (Kind::Control | Kind::Unknown, _) | (_, Spelling::Plain) => piece.into(),
             (Kind::UserDefined, Spelling::Bytes) => piece.into(),
             (_, Spelling::Bytes) => words::bytes_of(piece).unwrap_or_else(|| piece.into()),
