@@ -131,10 +131,10 @@ fn runs_converts_and_learns() {
     // As they lie.
     let want = logits(&floats, isa(), &ids, &[]);
     for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-        for how in [&[][..], &["--step"]] {
+        // Activations meet the experts in 16 bits and in 8, and keys and values wait in 16.
+        for (how, most) in [(&[][..], 0.03), (&["--step"], 0.1)] {
             let off = furthest(&logits(&dir, isa, &ids, how), &want);
-            // Keys and values wait in 16 bits.
-            assert!(off < 5e-3, "{} {how:?}: off by {off}", isa.name());
+            assert!(off < most, "{} {how:?}: off by {off}", isa.name());
         }
     }
 
@@ -165,8 +165,7 @@ fn runs_converts_and_learns() {
             assert!(blocks.next().is_none());
         }
     }
-    let off = furthest(&logits(&file, isa(), &ids, &[]), &want);
-    assert!(off < 0.02, "as a file: off by {off}");
+    assert_eq!(logits(&file, isa(), &ids, &[]), logits(&dir, isa(), &ids, &[]));
     // Rows too short for blocks of 256 stay what they are, too.
     let file = room.path().join("mix.gguf");
     let args = ["quantize", dir.to_str().unwrap(), "-o", file.to_str().unwrap(), "--type", "Q4_K_M", "--quiet"];

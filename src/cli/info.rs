@@ -43,6 +43,8 @@ struct Info {
     why: Option<String>,
     tokenizer: Option<usize>,
     chat_template: bool,
+    /// The built-in template that is taken where the model brings none and its tokens tell which it knows.
+    chat_format: Option<String>,
     memory: Vec<MemoryInfo>,
 }
 
@@ -127,7 +129,10 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
             ("huggingface", name, architecture, Tokenizer::from_dir(&path), ChatTemplate::from_dir(&path))
         }
     };
-    let (tokenizer, chat_template) = (tokenizer.ok().map(|t| t.vocab_size()), matches!(template, Ok(Some(_))));
+    let (tokenizer, chat_template) = (tokenizer.ok(), matches!(template, Ok(Some(_))));
+    let guessed = tokenizer.as_ref().filter(|_| !chat_template).and_then(|t| ChatTemplate::choose(None, t).ok());
+    let chat_format = guessed.map(|template| template.name().to_owned());
+    let tokenizer = tokenizer.map(|t| t.vocab_size());
 
     let file_type = checkpoint.metadata().and_then(|m| m.u64("general.file_type"));
     let file_type =
@@ -146,6 +151,7 @@ fn describe(path: PathBuf, ctx: Option<usize>) -> Result<Info> {
         why: None,
         tokenizer,
         chat_template,
+        chat_format,
         memory: Vec::new(),
     };
     // One position is enough to learn what each costs.
@@ -212,7 +218,12 @@ fn print(info: &Info) -> Result<()> {
     }
     let tokenizer = info.tokenizer.map_or("none".into(), |n| format!("{n} tokens"));
     writeln!(out, "tokenizer     {tokenizer}")?;
-    writeln!(out, "chat template {}", if info.chat_template { "yes" } else { "none" })?;
+    let template = match (info.chat_template, &info.chat_format) {
+        (true, _) => "yes".into(),
+        (false, Some(name)) => format!("none of its own: {name}, by its tokens"),
+        (false, None) => "none".into(),
+    };
+    writeln!(out, "chat template {template}")?;
     if let Some(why) = &info.why {
         writeln!(out, "cannot be run {why}")?;
     }

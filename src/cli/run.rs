@@ -99,7 +99,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
                 interrupt.store(true, Ordering::SeqCst);
             }
         }
-        Event::Text(_) => {}
+        Event::Text(_) | Event::Thought(_) => {}
         Event::Note(note) => tracing::warn!("{note}"),
     };
     let reply = if args.raw {

@@ -1,5 +1,6 @@
 //! One answer as it is made: logits in, text out, until something ends it.
 
+use super::channels::{Channels, Part};
 use super::constraint::Constraint;
 use super::sampler::Sampler;
 use super::stop::StopStrings;
@@ -31,6 +32,9 @@ pub struct Answer<'t> {
     constraint: Option<Constraint>,
     stream: DecodeStream<'t>,
     stops: StopStrings,
+    channels: Option<Channels>,
+    /// What the model thought and nobody has taken yet.
+    thoughts: String,
     max_tokens: usize,
     ids: Vec<u32>,
     text: String,
@@ -57,10 +61,14 @@ impl<'t> Answer<'t> {
             sampler.set_breakers(found);
         }
         sampler.accept(prompt);
+        // What has to keep to rules is an answer from its first token on.
+        let channels = if constraint.is_some() { None } else { Channels::new(tokenizer, prompt) };
         Answer {
             tokenizer,
             sampler,
             constraint,
+            channels,
+            thoughts: String::new(),
             stream: tokenizer.stream(),
             stops: StopStrings::new(stops),
             max_tokens: max_tokens.unwrap_or(usize::MAX),
@@ -83,11 +91,17 @@ impl<'t> Answer<'t> {
         self.sampler.accept(&[id]);
         self.ids.push(id);
         let piece = self.stream.push(id);
-        let (visible, stopped) = self.stops.push(&piece);
-        self.show(&visible, show);
-        if stopped {
-            self.finish = Some(Finish::StopString);
-            return Ok(None);
+        match self.channels.as_mut().map_or(Part::Answer, |channels| channels.part(self.tokenizer, id)) {
+            Part::Answer => {
+                let (visible, stopped) = self.stops.push(&piece);
+                self.show(&visible, show);
+                if stopped {
+                    self.finish = Some(Finish::StopString);
+                    return Ok(None);
+                }
+            }
+            Part::Thought => self.thoughts.push_str(&piece),
+            Part::Mark => {}
         }
         if let Some(constraint) = &mut self.constraint {
             constraint.accept(id)?;
@@ -121,6 +135,11 @@ impl<'t> Answer<'t> {
             self.text.push_str(text);
             show(text);
         }
+    }
+
+    /// What the model thought since this was last asked: no part of the answer.
+    pub fn take_thoughts(&mut self) -> String {
+        std::mem::take(&mut self.thoughts)
     }
 
     /// Its tokens so far.

@@ -2,6 +2,7 @@
 
 pub mod angles;
 pub mod answer;
+pub mod channels;
 pub mod constraint;
 pub mod cpu;
 pub mod kv;

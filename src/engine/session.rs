@@ -58,6 +58,8 @@ pub enum Event<'a> {
     },
     /// Text of the answer.
     Text(&'a str),
+    /// What the model thinks before it answers, where its answers tell the two apart.
+    Thought(&'a str),
     /// Something the person should know.
     Note(&'a str),
 }
@@ -285,7 +287,7 @@ impl Session {
         interrupt: &AtomicBool,
         event: &mut dyn FnMut(Event),
     ) -> Result<()> {
-        let mut next = answer.next(first, &mut |text| event(Event::Text(text)))?;
+        let mut next = say(answer, first, event)?;
         while let Some(id) = next {
             if interrupt.load(Ordering::Relaxed) {
                 return Ok(());
@@ -300,7 +302,7 @@ impl Session {
             if guesses.is_empty() {
                 let logits = engine.step(&[(self.slot, id)])?;
                 self.cache.push(id);
-                next = answer.next(logits, &mut |text| event(Event::Text(text)))?;
+                next = say(answer, logits, event)?;
             } else {
                 let logits = engine.step_ahead(self.slot, id, &guesses)?;
                 self.cache.push(id);
@@ -334,7 +336,7 @@ impl Session {
         let guesses = &guesses[..logits.rows() - 1];
         let mut accepted = 0;
         let next = loop {
-            let next = answer.next(logits.row(accepted), &mut |text| event(Event::Text(text)))?;
+            let next = say(answer, logits.row(accepted), event)?;
             match guesses.get(accepted) {
                 Some(&guess) if next == Some(guess) => self.cache.push(guess),
                 _ => break next,
@@ -377,6 +379,16 @@ impl Session {
         self.align(engine, &ids, true, 0);
         Ok(self.cache.len() == ids.len() || self.read(engine, &ids, interrupt, event)?.is_some())
     }
+}
+
+/// The next token of `answer`; tells what it says.
+fn say(answer: &mut Answer, logits: &[f32], event: &mut dyn FnMut(Event)) -> Result<Option<u32>> {
+    let next = answer.next(logits, &mut |text| event(Event::Text(text)))?;
+    let thoughts = answer.take_thoughts();
+    if !thoughts.is_empty() {
+        event(Event::Thought(&thoughts));
+    }
+    Ok(next)
 }
 
 /// Length of the common beginning.

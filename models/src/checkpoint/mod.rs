@@ -225,7 +225,8 @@ impl Checkpoint {
     }
 
     /// Whether the tensor called `name` is packed anew from what another tool has quantized (GPTQ, AWQ, bitsandbytes,
-    /// MXFP4), a row for each output. Those tools multiply by floats: activations that meet it are rounded finely.
+    /// MXFP4), a row for each output. Those tools multiply by floats: activations that meet it are rounded finely, but for
+    /// MXFP4, which GGUF files hold as well.
     pub fn is_repacked(&self, name: &str) -> bool {
         self.position(name).is_some_and(|i| matches!(self.data[i], Stored::Packed(_)))
     }

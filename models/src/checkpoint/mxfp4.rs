@@ -89,6 +89,7 @@ fn layer(layers: &mut Layers, name: &str) -> Result<(Vec<usize>, Layer), String>
         ));
     }
     let (rows, cols) = (scales.data.len() / groups, groups * GROUP);
+    scales.data.release();
     let parts = LayerParts::Blocks(Arc::new(Blocks { groups, blocks, scales }));
     Ok((outer, Layer { rows, cols, format: Format::MXFP4, order: None, parts }))
 }

@@ -149,6 +149,9 @@ fn kinds_marks_and_rows() {
     assert_eq!(kinds, [1, 1, 3, 3, 4, 5, 5]);
     let tokens: Vec<&str> = exported.metadata.array("tokenizer.ggml.tokens").unwrap().strings().skip(260).collect();
     assert_eq!(tokens, ["<end>", "<|stop|>", "<tool>", "[PAD263]", "[PAD264]"]);
+    // Rows without a token say nothing, here as there.
+    let back = Tokenizer::from_gguf(&exported.metadata, Path::new("back.gguf")).unwrap();
+    assert_eq!((back.decode(&[263, 262, 264], false), back.token_bytes(263)), ("<tool>".into(), vec![]));
     // Fewer rows than tokens: no text may need what has none; marks may lie beyond.
     let own = Tokenizer::from_dir(dir.path()).unwrap();
     assert!(own.check_rows(263).is_ok() && own.check_rows(1 << 20).is_ok());

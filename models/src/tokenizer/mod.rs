@@ -392,6 +392,8 @@ impl Tokenizer {
         let Some(piece) = self.vocabulary.piece(id) else { return Vec::new() };
         match (self.vocabulary.kind(id), self.spelling) {
             (Kind::Byte, _) => vocabulary::byte_of(piece).into_iter().collect(),
+            // What converters call rows of the embedding that have no token.
+            (Kind::Unused, _) if piece.strip_prefix("[PAD").is_some_and(|rest| rest == format!("{id}]")) => Vec::new(),
             (Kind::Control | Kind::Unknown, _) | (_, Spelling::Plain) => piece.into(),
             (Kind::UserDefined, Spelling::Bytes) => piece.into(),
             (_, Spelling::Bytes) => words::bytes_of(piece).unwrap_or_else(|| piece.into()),
@@ -441,13 +443,14 @@ impl Tokenizer {
             self.marks = Matcher::new(self.marks.tokens().iter().cloned().chain(speakers));
         }
         self.ends.extend(self.eos);
-        for mark in END_MARKS {
-            if let Some(id) = self.vocabulary.id(mark)
-                && matches!(self.vocabulary.kind(id), Kind::Control | Kind::UserDefined)
-            {
-                self.ends.insert(id);
-            }
-        }
+        let mark = |name: &str| {
+            let kind = |id: &u32| matches!(self.vocabulary.kind(*id), Kind::Control | Kind::UserDefined);
+            self.vocabulary.id(name).filter(kind)
+        };
+        // gpt-oss ends each of its thoughts with what ends others' turns.
+        let thinks = mark("<|return|>").is_some() && mark("<|call|>").is_some();
+        let ends = END_MARKS.iter().filter(|name| !(thinks && **name == "<|end|>"));
+        self.ends.extend(ends.filter_map(|name| mark(name)));
     }
 }
 

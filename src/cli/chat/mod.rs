@@ -155,7 +155,8 @@ impl Talk {
     fn answer(&mut self) -> Result<()> {
         self.interrupt.store(false, Ordering::SeqCst);
         let mut out = std::io::stdout().lock();
-        let mut markdown = Markdown::new(self.terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()));
+        let styled = self.terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        let (mut markdown, mut thinks) = (Markdown::new(styled), false);
         let (mut failed, mut ends_line) = (None, true);
         let mut progress = Progress::Silent;
         let (terminal, quiet) = (self.terminal, self.quiet);
@@ -170,7 +171,16 @@ impl Talk {
                     progress.finish();
                 }
             }
+            // Faint, and for a person alone.
+            Event::Thought(text) if styled => {
+                (thinks, ends_line) = (true, text.ends_with('\n'));
+                write!(out, "\x1b[2m{text}\x1b[22m").and_then(|()| out.flush()).ok();
+            }
+            Event::Thought(_) => {}
             Event::Text(text) => {
+                if std::mem::take(&mut thinks) {
+                    writeln!(out, "\n").ok();
+                }
                 ends_line = text.ends_with('\n');
                 let styled = markdown.push(text);
                 if failed.is_none()
