@@ -21,7 +21,9 @@ pub fn read(path: &Path, done: &Done, each: Each) -> Result<()> {
         number += 1;
         done.set((size as f64 * (number as f64 / count).min(1.0)) as u64);
         let row = row.map_err(broken).with_context(name)?;
-        each(number, Ok(Record::Fields(fields(&row)))).with_context(name)?;
+        // To write a date may fail, too.
+        let fields = guarded(|| fields(&row)).with_context(name)?;
+        each(number, Ok(Record::Fields(fields))).with_context(name)?;
     }
     Ok(())
 }
