@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_says_what_would() {
         let model = model();
-        let wish = Wish { rule: Rule::Adamw, limit: 76 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
+        let wish = Wish { rule: Rule::Adamw, limit: 64 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
         let error = Plan::choose(&model, &Method::Lora(LoraConfig::default()), &wish).unwrap_err().to_string();
         let limit = error.split("--memory ").nth(1).unwrap().split(',').next().unwrap().to_string();
         let limit = crate::quantize::memory::parse_size(limit.split(' ').next().unwrap()).unwrap();

@@ -1,7 +1,8 @@
 //! Memory for what a pass makes: taken from a pool and given back when dropped, so that after the first step little is
-//! asked of the system. Never is more held than was in use at once: where no free buffer fits, others make room.
+//! asked of the system. Hardly more is held than was in use at once: where no free buffer fits, others make room.
 
 use rushlight_quant::buffer::Aligned;
+use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,14 +21,18 @@ struct State {
     goal: u64,
     /// Rows of the largest pass.
     rows: usize,
+    /// When a buffer of each length was last taken, in buffers taken so far.
+    asked: HashMap<usize, u64>,
+    taken: u64,
 }
 
 impl State {
-    /// Gives free buffers back to the system, large ones first, until no more than `most` bytes are held: those are in
-    /// hand for a moment, and few, while small ones in great number are what the layers keep.
+    /// Gives free buffers back to the system until no more than `most` bytes are held, first those of sizes that have not
+    /// been asked for the longest: on the way there that is what the way back had in hand, and the other way round.
     fn shrink(&mut self, most: u64) {
         while self.held > most {
-            let Some(i) = (0..self.free.len()).max_by_key(|&i| self.free[i].len()) else { break };
+            let asked = |i: &usize| self.asked.get(&self.free[*i].len());
+            let Some(i) = (0..self.free.len()).min_by_key(asked) else { break };
             self.held -= bytes(&self.free.swap_remove(i));
         }
     }
@@ -54,7 +59,8 @@ impl Pool {
             Some(i) => state.free.swap_remove(i),
             None => {
                 let new = 4 * wanted as u64;
-                let rest = state.goal.saturating_sub(new).max(state.used);
+                // A little more than the goal, or a large buffer would go for a small one and be missed at once.
+                let rest = (state.goal + state.goal / 128).saturating_sub(new).max(state.used);
                 state.shrink(rest);
                 state.held += new;
                 state.most = state.most.max(state.held);
@@ -62,6 +68,13 @@ impl Pool {
             }
         };
         state.used += bytes(&values);
+        state.taken += 1;
+        // Batches of ever other sizes are forgotten.
+        if state.asked.len() > 4096 {
+            state.asked.clear();
+        }
+        let taken = state.taken;
+        state.asked.insert(values.len(), taken);
         state.goal = state.goal.max(state.used);
         Buffer { values, len, width, pool: self.clone() }
     }
@@ -171,7 +184,7 @@ mod tests {
         for rows in [1, 20, 3, 7, 20, 2] {
             drop((0..40 / rows).map(|_| pool.take(rows, 1000)).collect::<Vec<_>>());
         }
-        assert!(pool.most() <= 4 * 40 * 1024, "{}", pool.most());
+        assert!(pool.most() <= 4 * 40 * 1024 * 129 / 128, "{}", pool.most());
         pool.clear();
         assert_eq!(pool.0.lock().unwrap().held, 0);
     }
