@@ -375,8 +375,8 @@ fn check_packed(model: &Model, label: &str) {
     };
     let (want_loss, want) = gradients(&mut learner(&floats, isa()), &batch);
     for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
-        // Activations wait in bf16, and are multiplied in it where a processor does that fast.
-        let near = if matches!(isa, Isa::Amx | Isa::Avx512) { 0.04 } else { 0.01 };
+        // Activations wait in bf16 and 8 bits, and are multiplied in bf16 where a processor does that fast.
+        let near = if matches!(isa, Isa::Amx | Isa::Avx512) { 0.04 } else { 0.03 };
         let mut packed = learner(model, isa);
         let (loss, got) = gradients(&mut packed, &batch);
         assert!((loss / want_loss - 1.0).abs() < near, "{label} {isa:?}: {loss} {want_loss}");

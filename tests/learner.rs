@@ -199,7 +199,7 @@ fn memory_is_as_planned() {
                 for _ in 0..2 {
                     learner.backward(&batch, 0, &mut gradients).unwrap();
                 }
-                let got = learner.scratch() as f64 / (plan.activations + plan.scratch + plan.logits) as f64;
+                let got = learner.scratch() as f64 / plan.pass() as f64;
                 println!("{checkpointing:?} {rows}: {got} {plan:?}");
                 assert!((0.9..1.1).contains(&got), "{checkpointing:?} {rows}: {got} of the plan");
                 assert_eq!(plan.params, 4 * learner.params().count() as u64);

@@ -1,4 +1,5 @@
-//! Memory that the kernels like: zeroed and aligned to a cache line.
+//! Memory that the kernels like: zeroed and aligned to a cache line. What is large comes from the system and goes back to
+//! it as a whole: a heap would keep the holes between what is still in use.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
@@ -41,10 +42,8 @@ impl<T: Number> Aligned<T> {
             return Aligned { start: NonNull::dangling(), len };
         }
         let layout = Self::layout(len);
-        // SAFETY: the layout has a non-zero size.
-        let start = unsafe { alloc_zeroed(layout) };
-        let Some(start) = NonNull::new(start.cast::<T>()) else { handle_alloc_error(layout) };
-        Aligned { start, len }
+        let Some(start) = allocate(layout) else { handle_alloc_error(layout) };
+        Aligned { start: start.cast(), len }
     }
 
     /// `len` zeros, or `None` where the system has no room for them.
@@ -53,9 +52,7 @@ impl<T: Number> Aligned<T> {
             return Some(Self::zeroed(0));
         }
         let layout = Layout::from_size_align(len.checked_mul(size_of::<T>())?, 64).ok()?;
-        // SAFETY: the layout has a non-zero size.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<T>())?;
-        Some(Aligned { start, len })
+        Some(Aligned { start: allocate(layout)?.cast(), len })
     }
 
     /// Makes room for `len` numbers; the contents are then unspecified (but initialised).
@@ -69,6 +66,37 @@ impl<T: Number> Aligned<T> {
         Layout::from_size_align(len.checked_mul(size_of::<T>()).expect("buffer size overflows"), 64)
             .expect("buffer size overflows")
     }
+}
+
+/// Bytes from which on memory is asked of the system itself.
+const LARGE: usize = 1 << 20;
+
+/// Zeros.
+fn allocate(layout: Layout) -> Option<NonNull<u8>> {
+    #[cfg(unix)]
+    if layout.size() >= LARGE {
+        let (protection, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new map of memory that nobody else has; pages are aligned to more than 64 bytes.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), layout.size(), protection, kind, -1, 0) };
+        return NonNull::new(start.cast()).filter(|_| start != libc::MAP_FAILED);
+    }
+    // SAFETY: the layout has a non-zero size.
+    NonNull::new(unsafe { alloc_zeroed(layout) })
+}
+
+/// Gives back what [`allocate`] gave.
+///
+/// # Safety
+/// `start` is from `allocate` with the same `layout`, and nobody uses it any more.
+unsafe fn free(start: NonNull<u8>, layout: Layout) {
+    #[cfg(unix)]
+    if layout.size() >= LARGE {
+        // SAFETY: a map of this size begins there, by the caller's word.
+        unsafe { libc::munmap(start.as_ptr().cast(), layout.size()) };
+        return;
+    }
+    // SAFETY: allocated with this layout, by the caller's word.
+    unsafe { dealloc(start.as_ptr(), layout) }
 }
 
 impl<T: Number> Default for Aligned<T> {
@@ -95,7 +123,7 @@ impl<T: Number> Drop for Aligned<T> {
     fn drop(&mut self) {
         if self.len > 0 {
             // SAFETY: allocated by `zeroed` or `try_zeroed` with this layout.
-            unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.len)) }
+            unsafe { free(self.start.cast(), Self::layout(self.len)) }
         }
     }
 }

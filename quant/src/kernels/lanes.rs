@@ -3,10 +3,12 @@
 
 mod backward;
 mod half;
+mod quarter;
 
 use crate::ops::Activation;
 pub use backward::{activate_backward, gate_backward, scale_columns, soft_cap_backward, softmax, softmax_backward};
 pub use half::{HALF, halve, unhalve};
+pub use quarter::{QUARTER, QUARTERED, quarter, unquarter};
 
 const LANES: usize = 16;
 
@@ -64,6 +66,10 @@ pub struct Lanes {
     pub halve: fn(&[f32], &mut [f32]),
     /// the numbers again
     pub unhalve: fn(&[f32], &mut [f32]),
+    /// [`QUARTERED`] numbers after as many (the last may be fewer) become 8-bit codes and scales in [`QUARTER`] words
+    pub quarter: fn(&[f32], &mut [f32]),
+    /// the numbers again, as far as 8 bits hold them
+    pub unquarter: fn(&[f32], &mut [f32]),
     /// the inputs of [`Lanes::gate`] become their gradients, given that of its output
     pub gate_backward: fn(Activation, &mut [f32], &mut [f32], &[f32]),
     /// `dy *= 1 - (y / cap)^2`
@@ -414,6 +420,8 @@ macro_rules! compiled_lanes {
             across: compiled!($features, lanes::across, (rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [f32])),
             halve: compiled!($features, lanes::halve, (x: &[f32], out: &mut [f32])),
             unhalve: compiled!($features, lanes::unhalve, (x: &[f32], out: &mut [f32])),
+            quarter: compiled!($features, lanes::quarter, (x: &[f32], out: &mut [f32])),
+            unquarter: compiled!($features, lanes::unquarter, (x: &[f32], out: &mut [f32])),
             activate_backward: compiled!($features, lanes::activate_backward, (kind: Activation, x: &[f32], dy: &mut [f32])),
             gate_backward: compiled!($features, lanes::gate_backward, (kind: Activation, g: &mut [f32], up: &mut [f32], dy: &[f32])),
             soft_cap_backward: compiled!($features, lanes::soft_cap_backward, (cap: f32, y: &[f32], dy: &mut [f32])),
@@ -447,6 +455,8 @@ pub const PLAIN: Lanes = Lanes {
     across,
     halve,
     unhalve,
+    quarter,
+    unquarter,
     activate_backward,
     gate_backward,
     soft_cap_backward,

@@ -4,6 +4,7 @@ mod attention;
 mod backward;
 mod loss;
 mod rows;
+mod waiting;
 
 pub use attention::{Attention, AttentionGradients, AttentionRows, AttentionSequence, Kv};
 

@@ -1,6 +1,5 @@
 use super::{Activation, RopeLayout};
 use crate::cpu::Cpu;
-use crate::kernels::lanes::HALF;
 use crate::threads::Disjoint;
 
 /// Numbers that one task of an element-wise step handles: less is not worth a hand-out.
@@ -136,28 +135,6 @@ impl Cpu {
         self.elements(x, GRAIN, &|start, x| (self.kernels.lanes.add)(&y[start..start + x.len()], x));
     }
 
-    /// Rounds `x` to bf16 (to nearest even) and puts it into half the memory: two numbers into the bits of each of `out`,
-    /// which is as long as [`Cpu::half_len`] says and of no other use.
-    pub fn halve(&self, x: &[f32], out: &mut [f32]) {
-        assert_eq!(out.len(), Cpu::half_len(x.len()), "half of another size");
-        self.elements(out, GRAIN, &|start, out| {
-            (self.kernels.lanes.halve)(&x[2 * start..x.len().min(2 * (start + out.len()))], out);
-        });
-    }
-
-    /// What [`Cpu::halve`] rounded, as many as `out` has room for.
-    pub fn unhalve(&self, x: &[f32], out: &mut [f32]) {
-        assert_eq!(x.len(), Cpu::half_len(out.len()), "half of another size");
-        self.elements(out, 2 * GRAIN, &|start, out| {
-            (self.kernels.lanes.unhalve)(&x[start / 2..][..Cpu::half_len(out.len())], out);
-        });
-    }
-
-    /// Numbers that [`Cpu::halve`] makes of `len`.
-    pub fn half_len(len: usize) -> usize {
-        HALF * len.div_ceil(2 * HALF)
-    }
-
     /// `x += by * y`.
     pub fn add_scaled(&self, x: &mut [f32], by: f32, y: &[f32]) {
         assert_eq!(x.len(), y.len(), "sum of different sizes");
@@ -228,7 +205,7 @@ impl Cpu {
         });
     }
 
-    fn elements(&self, x: &mut [f32], grain: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    pub(super) fn elements(&self, x: &mut [f32], grain: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         let len = x.len();
         let shared = Disjoint::new(x);
         self.split(len, grain, &|range| {

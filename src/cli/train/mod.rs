@@ -27,7 +27,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 /// Runs the command.
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let request = args.request()?;
-    let mut prepared = request.prepare()?;
+    let mut reading = Bar::Silent;
+    let mut prepared = request.prepare(&mut |done, total| match done {
+        0 => reading = Bar::bytes(global.quiet, "reading examples", total, 0),
+        _ => reading.at(done, ""),
+    })?;
+    reading.finish();
     if let Some(count) = args.show_data {
         return show_data(&prepared, count);
     }

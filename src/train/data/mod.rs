@@ -61,7 +61,8 @@ const GROUP: usize = 256;
 
 /// The examples in `sources`, in their order.
 ///
-/// Conversations need a `tokenizer` and a `template`, texts a `tokenizer`, and records with `input_ids` neither.
+/// Conversations need a `tokenizer` and a `template`, texts a `tokenizer`, and records with `input_ids` neither. `watch` is
+/// told how many bytes of how many have been read, first of all that none have.
 ///
 /// # Errors
 /// For a file that cannot be read, one of a layout that needs a tokenizer or template that is not given, and one with
@@ -71,6 +72,7 @@ pub fn load(
     tokenizer: Option<&Tokenizer>,
     template: Option<&ChatTemplate>,
     settings: &DataSettings,
+    watch: &mut dyn FnMut(u64, u64),
 ) -> Result<Dataset> {
     if settings.max_seq_len < 2 {
         bail!("--max-seq-len {}: a sequence needs two tokens at least", settings.max_seq_len);
@@ -80,15 +82,21 @@ pub fn load(
     }
     let encoder = Encoder { tokenizer, template, settings };
     let mut builder = Builder::default();
-    for source in sources {
+    let sizes: Vec<u64> = sources.iter().map(|s| std::fs::metadata(&s.path).map_or(0, |about| about.len())).collect();
+    let (total, mut before) = (sizes.iter().sum(), 0);
+    watch(0, total);
+    for (source, size) in sources.iter().zip(sizes) {
+        let done = read::Done::default();
         builder.begin(source);
         let mut group = Vec::with_capacity(GROUP);
-        let unit = read::read(&source.path, &mut |line, record| {
+        let unit = read::read(&source.path, &done, &mut |line, record| {
+            watch(before + done.get().min(size), total);
             group.push((line, record));
             if group.len() == GROUP { encode_group(&encoder, &mut group, &mut builder) } else { Ok(()) }
         })?;
         encode_group(&encoder, &mut group, &mut builder).with_context(|| source.path.display().to_string())?;
         builder.end(unit)?;
+        before += size;
     }
     Ok(builder.finish(sources, settings))
 }

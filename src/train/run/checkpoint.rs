@@ -11,10 +11,11 @@
 use super::optimizer::{Optimizer, State};
 use crate::train::params::Params;
 use anyhow::{Context, Result, bail, ensure};
-use rushlight_models::checkpoint::{AtomicFile, Bytes, map};
+use rushlight_models::checkpoint::AtomicFile;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 const MAGIC: &[u8; 8] = b"RUSHTRN1";
@@ -22,7 +23,9 @@ const HASH: usize = 32;
 /// Checkpoints that are kept.
 const KEPT: usize = 2;
 /// Longest description.
-const MAX_DESCRIPTION: usize = 256 << 20;
+const MAX_DESCRIPTION: u64 = 256 << 20;
+/// Bytes read or written at a time.
+const PIECE: usize = 1 << 18;
 
 /// Where a run stands, besides its numbers. Data order, dropout and initial values are functions of the seed and the
 /// step, so that the step is the random state.
@@ -147,7 +150,7 @@ pub fn write(path: &Path, progress: &Progress, params: &Params, optimizer: Optio
         match numbers {
             Numbers::Bytes(bytes) => put(bytes)?,
             Numbers::Floats(values) => {
-                for part in values.chunks(1 << 16) {
+                for part in values.chunks(PIECE / 4) {
                     buffer.clear();
                     part.iter().for_each(|x| buffer.extend_from_slice(&x.to_le_bytes()));
                     put(&buffer)?;
@@ -162,14 +165,13 @@ pub fn write(path: &Path, progress: &Progress, params: &Params, optimizer: Optio
 
 /// What the file says of the run, if it is whole.
 pub fn peek(path: &Path) -> Result<Progress> {
-    let file = mapped(path)?;
-    Ok(open(path, &file)?.0.progress)
+    Ok(open(path)?.0.progress)
 }
 
 /// Takes everything from the file `path`.
 pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimizer>) -> Result<Progress> {
-    let file = mapped(path)?;
-    let (description, mut at) = open(path, &file)?;
+    let said = || path.display().to_string();
+    let (description, mut file, mut left) = open(path)?;
     let mut all = arrays_mut(params, optimizer.as_deref_mut());
     ensure!(
         description.arrays.len() >= all.len(),
@@ -178,6 +180,7 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
         description.arrays.len(),
         all.len()
     );
+    let mut buffer = Vec::new();
     for ((name, numbers), there) in all.iter_mut().zip(&description.arrays) {
         let (kind, len, size) = numbers.about();
         if (&*name, kind, len) != (&there.name, &there.kind, there.len) {
@@ -189,16 +192,18 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
                 there.kind
             );
         }
-        let bytes = file.get(at..at + size).filter(|_| at + size + HASH <= file.len());
-        let bytes = bytes.with_context(|| format!("{}: it ends too early", path.display()))?;
+        left = left.checked_sub(size as u64).with_context(|| format!("{}: it ends too early", path.display()))?;
         match numbers {
-            NumbersMut::Bytes(out) => out.copy_from_slice(bytes),
+            NumbersMut::Bytes(out) => file.read_exact(out).with_context(said)?,
             NumbersMut::Floats(out) => {
-                let values = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-                out.iter_mut().zip(values).for_each(|(x, y)| *x = y);
+                for out in out.chunks_mut(PIECE / 4) {
+                    buffer.resize(4 * out.len(), 0);
+                    file.read_exact(&mut buffer).with_context(said)?;
+                    let values = buffer.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
+                    out.iter_mut().zip(values).for_each(|(x, y)| *x = y);
+                }
             }
         }
-        at += size;
     }
     drop(all);
     if let Some(optimizer) = optimizer {
@@ -207,22 +212,36 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
     Ok(description.progress)
 }
 
-fn mapped(path: &Path) -> Result<Bytes> {
-    let empty = std::fs::metadata(path).is_ok_and(|about| about.len() == 0);
-    ensure!(!empty, "{} is damaged", path.display());
-    Ok(map(path)?)
-}
-
-/// The description, and where the arrays begin.
-fn open(path: &Path, file: &[u8]) -> Result<(Description, usize)> {
+/// The description, and the file where its arrays begin, with how many bytes of them it has.
+fn open(path: &Path) -> Result<(Description, File, u64)> {
     let damaged = || format!("{} is damaged", path.display());
-    let length = file.get(8..16).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
-    let length = length.filter(|_| file.starts_with(MAGIC)).and_then(|n| usize::try_from(n).ok());
-    let length = length.filter(|&n| n <= MAX_DESCRIPTION && n + 16 + HASH <= file.len()).with_context(damaged)?;
-    let (body, hash) = file.split_at(file.len() - HASH);
-    ensure!(Sha256::digest(body)[..] == *hash, damaged());
-    let description = serde_json::from_slice(&file[16..16 + length]).with_context(damaged)?;
-    Ok((description, 16 + length))
+    let mut file = File::open(path).with_context(|| path.display().to_string())?;
+    let body = file.metadata().ok().and_then(|about| about.len().checked_sub(HASH as u64)).with_context(damaged)?;
+    let mut hash = Sha256::new();
+    let mut start = [0; 16];
+    file.read_exact(&mut start).with_context(damaged)?;
+    hash.update(start);
+    let [magic, length] = [&start[..8], &start[8..]];
+    let length = length.try_into().map(u64::from_le_bytes).ok().filter(|_| magic == MAGIC);
+    let length = length.filter(|&n| n <= MAX_DESCRIPTION && n + 16 <= body).with_context(damaged)?;
+    let mut description = vec![0; length as usize];
+    file.read_exact(&mut description).with_context(damaged)?;
+    hash.update(&description);
+    // Read, not mapped: the pages of a map would count as memory of the run.
+    let (mut buffer, arrays) = (vec![0; PIECE], body - 16 - length);
+    let mut left = arrays;
+    while left > 0 {
+        let piece = &mut buffer[..left.min(PIECE as u64) as usize];
+        file.read_exact(piece).with_context(damaged)?;
+        hash.update(&*piece);
+        left -= piece.len() as u64;
+    }
+    let mut there = [0; HASH];
+    file.read_exact(&mut there).with_context(damaged)?;
+    ensure!(hash.finalize()[..] == there, damaged());
+    let description = serde_json::from_slice(&description).with_context(damaged)?;
+    file.seek(SeekFrom::Start(16 + length)).with_context(damaged)?;
+    Ok((description, file, arrays))
 }
 
 /// The checkpoints of a run, in a folder of their own.
@@ -287,8 +306,12 @@ impl Checkpoints {
             std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
         }
         // What no checkpoint calls its best goes too.
+        let best = self.steps("best")?;
+        if best.is_empty() {
+            return Ok(());
+        }
         let named: Vec<u64> = kept.iter().filter_map(|s| Some(peek(&self.path(*s)).ok()?.best?.1)).collect();
-        for step in self.steps("best")?.into_iter().filter(|step| !named.contains(step)) {
+        for step in best.into_iter().filter(|step| !named.contains(step)) {
             let path = self.best(step);
             std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
         }

@@ -13,7 +13,7 @@ const MOST_ROWS: usize = 2048;
 /// The fewest that still fill it: rather than fewer, layers are computed twice.
 const FULL: usize = 512;
 /// What the program itself takes, as measured on several models: its code, the tokenizer, buffers of threads, the data.
-const PROGRAM: u64 = 72 << 20;
+const PROGRAM: u64 = 48 << 20;
 
 /// What a run is to be planned for.
 #[derive(Clone, Copy, Debug)]
@@ -43,10 +43,8 @@ pub struct Plan {
     pub gradients: u64,
     /// The optimizer's states.
     pub optimizer: u64,
-    /// Activations that are kept, and those of the moment.
+    /// Activations that are kept, and those of the moment, logits among them.
     pub activations: u64,
-    /// Logits of some rows.
-    pub logits: u64,
     /// The program.
     pub program: u64,
     /// What may be used.
@@ -62,16 +60,15 @@ pub struct Plan {
 impl Plan {
     fn of(model: &Model, method: &Method, wish: &Wish, rows: usize, twice: usize) -> Result<Plan> {
         let layers = model.layers.len();
-        let MemoryEstimate { params, gradients, activations, scratch, logits } =
-            memory(model, method, rows, checkpointing(twice, layers))?;
+        let estimate = memory(model, method, rows, checkpointing(twice, layers))?;
+        let MemoryEstimate { params, gradients, .. } = estimate;
         Ok(Plan {
             // Weights that are trained themselves are read once, to begin with.
             weights: wish.weights,
             params,
             gradients,
             optimizer: wish.rule.bytes(params / 4),
-            activations: activations + scratch,
-            logits,
+            activations: estimate.pass(),
             program: PROGRAM,
             limit: wish.limit,
             rows,
@@ -151,7 +148,7 @@ impl Plan {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.weights + self.params + self.gradients + self.optimizer + self.activations + self.logits + self.program
+        self.weights + self.params + self.gradients + self.optimizer + self.activations + self.program
     }
 
     /// Which layers are computed twice.
@@ -163,15 +160,14 @@ impl Plan {
     pub fn lines(&self) -> Vec<String> {
         let trained = format!("{} numbers", grouped(self.params / 4));
         let mut lines = vec![format!(
-            "memory   {} of {}: weights {} (mapped), trained {} ({trained}), gradients {}, optimizer {}, activations {}, logits {}",
+            "memory   {} of {}: weights {} (mapped), trained {} ({trained}), gradients {}, optimizer {}, activations {}",
             size(self.total()),
             size(self.limit),
             size(self.weights),
             size(self.params),
             size(self.gradients),
             size(self.optimizer),
-            size(self.activations),
-            size(self.logits)
+            size(self.activations)
         )];
         lines.push(format!(
             "chosen   {} tokens at a time, {}",
@@ -267,8 +263,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_says_what_would() {
         let model = model();
-        let wish =
-            Wish { rule: Rule::Adamw, limit: 100 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
+        let wish = Wish { rule: Rule::Adamw, limit: 64 << 20, longest: 4096, step: 4096, rows: None, weights: 1 << 20 };
         let error = Plan::choose(&model, &Method::Lora(LoraConfig::default()), &wish).unwrap_err().to_string();
         let limit = error.split("--memory ").nth(1).unwrap().split(',').next().unwrap().to_string();
         let limit = crate::quantize::memory::parse_size(limit.split(' ').next().unwrap()).unwrap();

@@ -92,11 +92,12 @@ pub struct Prepared {
 }
 
 impl Request {
-    /// Loads the data and settles everything that was left open.
+    /// Loads the data and settles everything that was left open. `watch` is told how many bytes of the data, or then of the
+    /// validation data, have been read, of how many.
     ///
     /// # Errors
     /// For anything that would go wrong later.
-    pub fn prepare(&self) -> Result<Prepared> {
+    pub fn prepare(&self, watch: &mut dyn FnMut(u64, u64)) -> Result<Prepared> {
         self.check()?;
         let checkpoint = Checkpoint::open(&self.model)?;
         let mut model = Model::load(&checkpoint)?;
@@ -119,8 +120,8 @@ impl Request {
             columns: self.columns.clone(),
             seed: self.seed,
         };
-        let read = |sources: &[Source]| {
-            load(sources, tokenizer.as_deref(), template.as_deref(), &settings).map_err(|e| match &without {
+        let mut read = |sources: &[Source]| {
+            load(sources, tokenizer.as_deref(), template.as_deref(), &settings, watch).map_err(|e| match &without {
                 // Why there is no tokenizer says more than that there is none.
                 Some(why) if format!("{e:#}").contains("tokenizer") => e.context(why.to_string()),
                 _ => e,

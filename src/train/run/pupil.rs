@@ -186,6 +186,7 @@ impl Lesson for Pupil {
             return Ok(Vec::new());
         }
         let tokenizer = self.tokenizer.clone().context("sample answers need a tokenizer, and the model has none")?;
+        self.learner.rest();
         let mut engine = self.engine()?;
         let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
         let ask = Ask { sampling, max_tokens: Some(ANSWER), ..Ask::default() };
@@ -210,6 +211,7 @@ impl Lesson for Pupil {
     }
 
     fn save(&mut self, dir: &Path, finished: bool) -> Result<()> {
+        self.learner.rest();
         let result = self.result(dir);
         let base = self.base_name();
         match &self.method {

@@ -1,7 +1,7 @@
 //! Attention over whole sequences, each behind the model's prefix where it has one.
 
 use super::pool::Buffer;
-use super::record::{Kept, Step, Tape, Value};
+use super::record::{Bits, Kept, Step, Tape, Value};
 use crate::engine::angles::logn;
 use rushlight_models::Result;
 use rushlight_models::backend::AttentionSpec;
@@ -71,15 +71,15 @@ pub(super) fn attention(tape: &mut Tape<'_>, spec: &AttentionSpec<'_>, q: Value,
     let sinks = tape.model.layers[plan.layer].sinks.as_ref().is_some_and(|s| tape.sites.vector(s).is_some());
     let learns = slots.iter().any(Option::is_some) || sinks || tape.sites.prefix.is_some();
     // The way back computes the scores once more and must find the same: both begin with what is kept.
-    let qkv = [Rc::new(q), k, v].map(|x| tape.keep(x));
+    let qkv = [Rc::new(q), k, v].map(|x| tape.keep(x, Bits::Sixteen));
     let [q, k, v] = qkv.clone().map(|x| x.matrix(tape.cpu, tape.pool));
     let mut out = tape.pool.take(q.rows(), plan.heads * plan.value_dim);
     let mut lse = tape.pool.take(q.rows(), plan.heads);
     tape.cpu.attention_train(&plan.spec(tape), &sequences, &q, &k, &v, &mut out, &mut lse);
     let mut y = tape.value(out, learns);
     if let Some(slot) = y.slot {
-        let out = tape.keep(y.data.clone());
-        if let Kept::Half(..) = out {
+        let out = tape.keep(y.data.clone(), Bits::Eight);
+        if let Kept::Rounded(..) = out {
             let again = out.clone();
             y.recipe = Some(Rc::new(move |cpu, pool| again.clone().into_buffer(cpu, pool)));
         }

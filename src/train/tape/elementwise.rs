@@ -1,8 +1,9 @@
 //! What is done value by value, or row by row: rotations, activations, sums, scales, limits.
 
-use super::pool::Buffer;
-use super::record::{Kept, Step, Tape, Value, own};
+use super::pool::{Buffer, Pool};
+use super::record::{Bits, Kept, Step, Tape, Value, own};
 use rushlight_models::Result;
+use rushlight_quant::Cpu;
 use rushlight_quant::ops::Activation;
 use std::rc::Rc;
 
@@ -49,39 +50,57 @@ pub(super) fn gate(tape: &mut Tape<'_>, act: Activation, gate: Value, up: Value)
         tape.cpu.gate(act, &mut y, &up.data);
         return Value::constant(y);
     }
-    let mut y = gate.data.copy();
+    let slots = [gate.slot, up.slot];
+    let kept = [&gate, &up].map(|x| tape.keep(x.data.clone(), Bits::Eight));
+    let mut y = gate.into_buffer();
     tape.cpu.gate(act, &mut y, &up.data);
     let mut y = tape.value(y, true);
-    let slots = [gate.slot, up.slot];
-    let (gate, up) = (tape.keep(gate.data), tape.keep(up.data));
-    let (from, by) = (gate.clone(), up.clone());
-    y.recipe = Some(Rc::new(move |cpu, pool| {
-        let mut y = own(from.matrix(cpu, pool));
-        cpu.gate(act, &mut y, &by.matrix(cpu, pool));
-        y
-    }));
+    let from = kept.clone();
+    y.recipe = Some(Rc::new(move |cpu, pool| gated(act, &from, cpu, pool)));
     if let Some(slot) = y.slot {
-        tape.push(Gate { act, gate, up, slots, slot });
+        tape.push(Gate { act, kept, slots, slot });
     }
+    y
+}
+
+/// `act(gate) * up` once more.
+fn gated(act: Activation, [gate, up]: &[Kept; 2], cpu: &Cpu, pool: &Pool) -> Buffer {
+    if let (Kept::Rounded(.., [rows, width]), Some(from), Some(by)) = (gate, gate.quarters(), up.quarters()) {
+        let mut y = pool.take(*rows, *width);
+        cpu.gate_quarters(act, from, by, &mut y);
+        return y;
+    }
+    let mut y = own(gate.matrix(cpu, pool));
+    cpu.gate(act, &mut y, &up.matrix(cpu, pool));
     y
 }
 
 struct Gate {
     act: Activation,
-    gate: Kept,
-    up: Kept,
+    /// The gate and what it gates.
+    kept: [Kept; 2],
     slots: [Option<usize>; 2],
     slot: usize,
 }
 
 impl Step for Gate {
     fn backward(self: Box<Self>, tape: &mut Tape<'_>) -> Result<()> {
-        let Some(dy) = tape.take(self.slot) else { return Ok(()) };
-        let Gate { act, gate, up, slots, .. } = *self;
-        let (mut gate, mut up) = (gate.into_buffer(tape.cpu, tape.pool), up.into_buffer(tape.cpu, tape.pool));
-        tape.cpu.gate_backward(act, &mut gate, &mut up, &dy);
-        tape.give(slots[0], Rc::new(gate));
-        tape.give(slots[1], Rc::new(up));
+        let Gate { act, kept, slots, slot } = *self;
+        let (cpu, pool) = (tape.cpu, tape.pool);
+        let gradients = if let (Some(gate), Some(up)) = (kept[0].quarters(), kept[1].quarters()) {
+            let Some(mut dy) = tape.take_own(slot) else { return Ok(()) };
+            let mut dup = pool.take(dy.rows(), dy.width());
+            cpu.gate_quarters_backward(act, gate, up, &mut dy, &mut dup);
+            [dy, dup]
+        } else {
+            let Some(dy) = tape.take(slot) else { return Ok(()) };
+            let [mut gate, mut up] = kept.map(|x| x.into_buffer(cpu, pool));
+            cpu.gate_backward(act, &mut gate, &mut up, &dy);
+            [gate, up]
+        };
+        for (slot, gradient) in slots.into_iter().zip(gradients) {
+            tape.give(slot, Rc::new(gradient));
+        }
         Ok(())
     }
 }
@@ -93,11 +112,11 @@ pub(super) fn activate(tape: &mut Tape<'_>, act: Activation, x: Value) -> Value 
         tape.cpu.activate(act, &mut y);
         return Value::constant(y);
     };
-    let mut y = x.data.copy();
+    let kept = tape.keep(x.data.clone(), Bits::Eight);
+    let mut y = x.into_buffer();
     tape.cpu.activate(act, &mut y);
     let mut y = tape.value(y, true);
-    let x = tape.keep(x.data);
-    let before = x.clone();
+    let (x, before) = (kept.clone(), kept);
     y.recipe = Some(Rc::new(move |cpu, pool| {
         let mut y = own(before.matrix(cpu, pool));
         cpu.activate(act, &mut y);

@@ -16,8 +16,9 @@ use rushlight_models::model::{LowRank, Model, Prefix, Weight};
 use rushlight_models::spec::Outline;
 use rushlight_quant::{Cpu, Phase};
 
-/// Bytes of logits that exist at once.
-pub(super) const LOGITS: usize = 64 << 20;
+/// Most bytes of logits that exist at once, and most rows: more fill the processor no better.
+const LOGITS: usize = 64 << 20;
+const LOGIT_ROWS: usize = 128;
 
 /// A model and what is trained of it.
 pub struct Learner {
@@ -83,6 +84,11 @@ impl Learner {
         self.sites.neftune = alpha;
     }
 
+    /// Gives the memory of activations back to the system until the next pass: something else has need of it.
+    pub fn rest(&self) {
+        self.pool.clear();
+    }
+
     /// The most bytes that activations and gradients of activations ever took.
     pub fn scratch(&self) -> u64 {
         self.pool.most()
@@ -134,6 +140,7 @@ impl Learner {
         }
         let (noise, gradients) = back.unzip();
         let Learner { model, cpu, pool, sites, params, gains, checkpointing, .. } = &*self;
+        pool.begin(ids.len());
         let mut tape = Tape::new(cpu, pool, model, sites, params, gains, gradients, noise);
         let batch = Batch { ids: &ids, sequences: &sequences, phase: Phase::Prompt };
         tape.begin(model, &batch)?;
@@ -144,8 +151,6 @@ impl Learner {
         head(&mut tape, &x, &counted, &mut losses)?;
         drop(x);
         tape.back_to(0)?;
-        drop(tape);
-        pool.trim();
         Ok(losses)
     }
 
@@ -275,7 +280,7 @@ fn total(losses: &[Loss]) -> Loss {
 
 /// How many rows of logits exist at once.
 pub(super) fn chunk(vocabulary: usize) -> usize {
-    (LOGITS / (4 * vocabulary.max(1))).max(16) / 16 * 16
+    (LOGITS / (4 * vocabulary.max(1))).clamp(16, LOGIT_ROWS) / 16 * 16
 }
 
 /// The loss of the counted rows, some at a time, so that the logits of all never exist; while recording, back through the

@@ -139,6 +139,7 @@ impl Step for Linears {
             let loras: Vec<_> = parts.iter().map(|p| p.lora).zip(&gradients).collect();
             lora::backward(tape, x, &loras, &low, dx.as_mut())?;
         }
+        drop((x, low));
         if let (Some(slot), Some(mut dx)) = (x_slot, dx) {
             base_backward(tape, n, &parts, &gradients, &mut dx);
             tape.give_back(slot, dx);

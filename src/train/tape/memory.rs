@@ -20,14 +20,19 @@ pub struct MemoryEstimate {
     pub activations: u64,
     /// What exists for a moment: one layer's way back.
     pub scratch: u64,
-    /// Logits of some rows.
+    /// Logits of some rows and the way back through the head, at another moment.
     pub logits: u64,
 }
 
 impl MemoryEstimate {
+    /// What a pass takes at most: logits are gone when the layers' way back begins.
+    pub fn pass(&self) -> u64 {
+        self.activations + self.scratch.max(self.logits)
+    }
+
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.params + self.gradients + self.activations + self.scratch + self.logits
+        self.params + self.gradients + self.pass()
     }
 }
 
@@ -60,7 +65,7 @@ pub fn memory(model: &Model, method: &Method, rows: usize, checkpointing: Checkp
         activations: bytes(inputs + kept + 4 * spec.hidden_size),
         scratch: bytes(again + 4 * (0..layers).map(|i| passing(spec, &spec.layers[i], half)).max().unwrap_or(0)),
         logits: 4 * (chunk * (spec.vocab_size * if spec.logit_softcap.is_some() { 2 } else { 1 })) as u64
-            + 4 * (3 * chunk * spec.hidden_size) as u64,
+            + 4 * ((3 * chunk + rows) * spec.hidden_size) as u64,
     })
 }
 
@@ -147,7 +152,7 @@ fn of_layer(spec: &ModelSpec, layer: &LayerSpec, half: bool) -> usize {
     let normed = if spec.qk_norm == QkNorm::None { 0 } else { q + k };
     let clipped = if spec.clip_qkv.is_some() { q + k + v } else { 0 };
     let latent = spec.latent.as_ref().map_or(0, |l| l.kv + l.query.unwrap_or(0));
-    let attention = q + k + v + normed + latent + spec.heads * spec.value_dim;
+    let (attention, out) = (q + k + v + normed + latent, spec.heads * spec.value_dim);
     let posts = match spec.placement {
         Placement::After | Placement::Both => 2 * hidden,
         _ => 0,
@@ -155,12 +160,17 @@ fn of_layer(spec: &ModelSpec, layer: &LayerSpec, half: bool) -> usize {
     let stream = if spec.branches == Branches::Sequential { 2 * hidden } else { hidden };
     let mlp = |width: usize, gated: bool| if gated { 2 * width } else { width };
     let dense = layer.mlp.as_ref().map_or(0, |m| mlp(m.width, m.gated));
-    let (experts, mixed) = layer
+    let (routed, experts, mixed) = layer
         .experts
         .as_ref()
-        .map_or((0, 0), |e| (e.used * (hidden + mlp(e.mlp.width, e.mlp.gated)), e.used * hidden + e.count));
-    let size = if half { 2 } else { 4 };
-    size * (stream + attention + posts + dense + experts) + 4 * (clipped + spec.heads + mixed)
+        .map_or((0, 0, 0), |e| (e.used * hidden, e.used * mlp(e.mlp.width, e.mlp.gated), e.used * hidden + e.count));
+    let exact = 4 * (clipped + spec.heads + mixed);
+    if !half {
+        return 4 * (stream + attention + out + posts + dense + routed + experts) + exact;
+    }
+    // A scale for each 64 codes.
+    let rough = |values: usize| values + values / 16;
+    2 * (stream + attention + posts + routed) + rough(out + dense + experts) + exact
 }
 
 /// Values for each row that a layer's way there or back has in hand at once, beside what is kept.
@@ -168,7 +178,7 @@ fn passing(spec: &ModelSpec, layer: &LayerSpec, half: bool) -> usize {
     let width = layer.mlp.iter().chain(layer.experts.as_ref().map(|e| &e.mlp)).map(|m| m.width).max().unwrap_or(0);
     let (qkv, out) = (spec.query_width() + spec.kv_width() + spec.value_width(), spec.heads * spec.value_dim);
     // What is kept in bf16 comes back in f32 beside it.
-    let (mlp, attention) = if half { (3 * width, 2 * qkv + 2 * out) } else { (2 * width, 2 * qkv) };
+    let (mlp, attention) = (2 * width, if half { 2 * qkv + 2 * out } else { 2 * qkv });
     // Gradients of the stream before and after a branch, and the branch's widest values with their gradient.
     3 * spec.hidden_size + mlp.max(attention)
 }

@@ -1,7 +1,8 @@
-//! Memory for what a pass makes: taken from a pool and given back when dropped, so that after the first step nothing
-//! large is asked of the system.
+//! Memory for what a pass makes: taken from a pool and given back when dropped, so that after the first step little is
+//! asked of the system. Hardly more is held than was in use at once: where no free buffer fits, others make room.
 
 use rushlight_quant::buffer::Aligned;
+use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,9 +15,27 @@ struct State {
     /// Bytes of all buffers, free and in use, now and at most.
     held: u64,
     most: u64,
-    /// Bytes in use, now and at most since the pool was last asked to [`Pool::trim`].
+    /// Bytes in use.
     used: u64,
-    most_used: u64,
+    /// Bytes that a pass is known to need at once: the largest so far.
+    goal: u64,
+    /// Rows of the largest pass.
+    rows: usize,
+    /// When a buffer of each length was last taken, in buffers taken so far.
+    asked: HashMap<usize, u64>,
+    taken: u64,
+}
+
+impl State {
+    /// Gives free buffers back to the system until no more than `most` bytes are held, first those of sizes that have not
+    /// been asked for the longest: on the way there that is what the way back had in hand, and the other way round.
+    fn shrink(&mut self, most: u64) {
+        while self.held > most {
+            let asked = |i: &usize| self.asked.get(&self.free[*i].len());
+            let Some(i) = (0..self.free.len()).min_by_key(asked) else { break };
+            self.held -= bytes(&self.free.swap_remove(i));
+        }
+    }
 }
 
 /// Buffers, free and in use.
@@ -39,13 +58,24 @@ impl Pool {
         let values = match best {
             Some(i) => state.free.swap_remove(i),
             None => {
-                state.held += 4 * wanted as u64;
+                let new = 4 * wanted as u64;
+                // A little more than the goal, or a large buffer would go for a small one and be missed at once.
+                let rest = (state.goal + state.goal / 128).saturating_sub(new).max(state.used);
+                state.shrink(rest);
+                state.held += new;
                 state.most = state.most.max(state.held);
                 Aligned::zeroed(wanted)
             }
         };
         state.used += bytes(&values);
-        state.most_used = state.most_used.max(state.used);
+        state.taken += 1;
+        // Batches of ever other sizes are forgotten.
+        if state.asked.len() > 4096 {
+            state.asked.clear();
+        }
+        let taken = state.taken;
+        state.asked.insert(values.len(), taken);
+        state.goal = state.goal.max(state.used);
         Buffer { values, len, width, pool: self.clone() }
     }
 
@@ -56,16 +86,19 @@ impl Pool {
         buffer
     }
 
-    /// Gives back to the system what the last pass had no use for, so that batches of ever other sizes do not pile up
-    /// buffers.
-    pub fn trim(&self) {
+    /// A pass over so many rows begins. One of more rows than any before will need more in proportion, so that making room
+    /// for each of its buffers as it comes would be in vain.
+    pub fn begin(&self, rows: usize) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let enough = state.most_used + state.most_used / 8;
-        while state.held > enough.max(state.used) {
-            let Some(buffer) = state.free.pop() else { break };
-            state.held -= bytes(&buffer);
+        if rows > state.rows {
+            state.goal = (state.goal as f64 * rows as f64 / state.rows.max(1) as f64) as u64;
+            state.rows = rows;
         }
-        state.most_used = state.used;
+    }
+
+    /// Gives everything that is free back to the system.
+    pub fn clear(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).shrink(0);
     }
 
     /// The most bytes that buffers ever took.
@@ -139,7 +172,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buffers_are_used_again_and_what_is_not_needed_goes() {
+    fn buffers_are_used_again_and_make_room() {
         let pool = Pool::default();
         for _ in 0..3 {
             let (a, b) = (pool.take(10, 1000), pool.zeros(3, 5));
@@ -147,10 +180,12 @@ mod tests {
         }
         let most = pool.most();
         assert_eq!(most, 4 * (10 * 1024 + 1024));
-        drop((0..8).map(|_| pool.take(10, 1000)).collect::<Vec<_>>());
-        pool.trim();
-        drop(pool.take(10, 1000));
-        pool.trim();
-        assert!(pool.0.lock().unwrap().held <= most, "seven of the eight were given back");
+        // Buffers of other sizes make room for each other.
+        for rows in [1, 20, 3, 7, 20, 2] {
+            drop((0..40 / rows).map(|_| pool.take(rows, 1000)).collect::<Vec<_>>());
+        }
+        assert!(pool.most() <= 4 * 40 * 1024 * 129 / 128, "{}", pool.most());
+        pool.clear();
+        assert_eq!(pool.0.lock().unwrap().held, 0);
     }
 }

@@ -37,13 +37,22 @@ impl Value {
     }
 }
 
+/// How precisely a matrix waits for the way back, where the base's weights are coarser than that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    /// bf16 ([`Cpu::halve`]): what the forward pass itself goes on with, or whose columns differ much in size.
+    Sixteen,
+    /// 8 bits ([`Cpu::quarter`]): what only products with gradients are made of.
+    Eight,
+}
+
 /// A matrix kept in memory for the way back.
 #[derive(Clone)]
 pub enum Kept {
     /// As it is.
     Whole(Rc<Buffer>),
-    /// Rounded to bf16 ([`Cpu::halve`]), with its shape.
-    Half(Rc<Buffer>, usize, usize),
+    /// Rounded, with its shape.
+    Rounded(Rc<Buffer>, Bits, [usize; 2]),
 }
 
 impl Kept {
@@ -51,9 +60,12 @@ impl Kept {
     pub fn matrix(&self, cpu: &Cpu, pool: &Pool) -> Rc<Buffer> {
         match self {
             Kept::Whole(data) => data.clone(),
-            Kept::Half(data, rows, width) => {
+            Kept::Rounded(data, bits, [rows, width]) => {
                 let mut matrix = pool.take(*rows, *width);
-                cpu.unhalve(data, &mut matrix);
+                match bits {
+                    Bits::Sixteen => cpu.unhalve(data, &mut matrix),
+                    Bits::Eight => cpu.unquarter(data, &mut matrix),
+                }
                 Rc::new(matrix)
             }
         }
@@ -63,7 +75,15 @@ impl Kept {
     pub fn into_buffer(self, cpu: &Cpu, pool: &Pool) -> Buffer {
         match self {
             Kept::Whole(data) => own(data),
-            half => own(half.matrix(cpu, pool)),
+            rounded => own(rounded.matrix(cpu, pool)),
+        }
+    }
+
+    /// What [`Cpu::quarter`] made of the matrix, where it waits in 8 bits.
+    pub fn quarters(&self) -> Option<&[f32]> {
+        match self {
+            Kept::Rounded(data, Bits::Eight, _) => Some(data),
+            _ => None,
         }
     }
 }
@@ -148,22 +168,26 @@ impl<'a> Tape<'a> {
         Value { data: Rc::new(data), slot, recipe: None }
     }
 
-    /// Keeps `data` for the way back: where the base's weights are coarser than bf16, in bf16.
-    pub fn keep(&self, data: Rc<Buffer>) -> Kept {
-        let (rows, width) = (data.rows(), data.width());
-        if !self.cpu.half_attention() || rows == 0 {
+    /// Keeps `data` for the way back, where the base's weights are coarser than that in `bits`.
+    pub fn keep(&self, data: Rc<Buffer>, bits: Bits) -> Kept {
+        let shape = [data.rows(), data.width()];
+        if !self.cpu.half_attention() || data.is_empty() {
             return Kept::Whole(data);
         }
-        let mut half = self.pool.take(1, Cpu::half_len(rows * width));
-        self.cpu.halve(&data, &mut half);
-        Kept::Half(Rc::new(half), rows, width)
+        let len = if bits == Bits::Eight { Cpu::quarter_len(data.len()) } else { Cpu::half_len(data.len()) };
+        let mut rounded = self.pool.take(1, len);
+        match bits {
+            Bits::Sixteen => self.cpu.halve(&data, &mut rounded),
+            Bits::Eight => self.cpu.quarter(&data, &mut rounded),
+        }
+        Kept::Rounded(Rc::new(rounded), bits, shape)
     }
 
     /// Keeps `x`, or the way to make it again.
     pub fn saved(&self, x: &Value) -> Saved {
         match &x.recipe {
             Some(recipe) => Saved::Again(recipe.clone()),
-            None => Saved::Kept(self.keep(x.data.clone())),
+            None => Saved::Kept(self.keep(x.data.clone(), Bits::Sixteen)),
         }
     }
 

@@ -3,6 +3,8 @@
 
 mod json;
 #[cfg(feature = "parquet")]
+mod pages;
+#[cfg(feature = "parquet")]
 mod parquet;
 mod sheet;
 mod table;
@@ -10,9 +12,11 @@ mod text;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
+use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
+use std::rc::Rc;
 
 /// What a file holds one of.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,25 +33,28 @@ pub type Each<'a> = &'a mut dyn FnMut(u64, Result<Record, String>) -> Result<()>
 /// Most bytes of one record: beyond it, a file is not what its name says.
 const LONGEST: u64 = 256 << 20;
 
-/// Gives `each` the records of the file `path` and returns what they are counted by.
-pub fn read(path: &Path, each: Each) -> Result<&'static str> {
+/// How many bytes of a file have been read, about.
+pub type Done = Rc<Cell<u64>>;
+
+/// Gives `each` the records of the file `path` and returns what they are counted by. `done` tells how far it is.
+pub fn read(path: &Path, done: &Done, each: Each) -> Result<&'static str> {
     let name = path.display();
     let file = File::open(path).with_context(|| name.to_string())?;
     if file.metadata().with_context(|| name.to_string())?.is_dir() {
         bail!("{name}: this is a directory; name a file of examples");
     }
-    let mut reader = BufReader::with_capacity(1 << 16, file);
+    let mut reader = BufReader::with_capacity(1 << 16, Counted { file, done: done.clone() });
     let begin = reader.fill_buf().with_context(|| name.to_string())?;
     if begin.is_empty() {
         bail!("{name}: the file is empty");
     }
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_lowercase();
     if begin.starts_with(b"PK\x03\x04") {
-        return sheet::read(path, each).map(|()| "row");
+        return sheet::read(path, done, each).map(|()| "row");
     }
     if begin.starts_with(b"PAR1") {
         #[cfg(feature = "parquet")]
-        return parquet::read(path, each).map(|()| "record");
+        return parquet::read(path, done, each).map(|()| "record");
         #[cfg(not(feature = "parquet"))]
         bail!("{name}: this build reads no Parquet; build with the feature `parquet`, or save the data as JSONL");
     }
@@ -79,6 +86,26 @@ pub fn read(path: &Path, each: Each) -> Result<&'static str> {
     done.with_context(|| name.to_string())
 }
 
+/// A file that counts what is read of it.
+struct Counted {
+    file: File,
+    done: Done,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        self.done.set(self.done.get() + n as u64);
+        Ok(n)
+    }
+}
+
+impl Seek for Counted {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
 /// Runs a call of another's reader, which may panic where a file is damaged.
 fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).map_err(|_| anyhow!("the file is damaged"))
@@ -88,7 +115,7 @@ fn guarded<T>(call: impl FnOnce() -> T) -> Result<T> {
 /// a whole file read as one field.
 struct Bounded<R> {
     inner: R,
-    left: std::rc::Rc<std::cell::Cell<u64>>,
+    left: Rc<Cell<u64>>,
 }
 
 impl<R: Read> Read for Bounded<R> {

@@ -1,4 +1,4 @@
-use super::{Each, Record, guarded};
+use super::{Done, Each, Record, guarded, pages};
 use anyhow::{Context, Result, anyhow};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
@@ -7,17 +7,23 @@ use std::fs::File;
 use std::path::Path;
 
 /// The rows of all row groups; nested columns (lists, structs) become lists and objects.
-pub fn read(path: &Path, each: Each) -> Result<()> {
+pub fn read(path: &Path, done: &Done, each: Each) -> Result<()> {
     let name = || path.display().to_string();
     let broken = |e: parquet::errors::ParquetError| anyhow!("no readable Parquet file: {e}");
     let file = File::open(path).with_context(name)?;
-    let reader = guarded(|| SerializedFileReader::new(file)).and_then(|r| r.map_err(broken)).with_context(name)?;
+    let (copy, size) = (file.try_clone().with_context(name)?, file.metadata().with_context(name)?.len());
+    let reader = guarded(|| SerializedFileReader::new(copy)).and_then(|r| r.map_err(broken)).with_context(name)?;
+    pages::check(&file, reader.metadata()).with_context(name)?;
+    let count = reader.metadata().file_metadata().num_rows().max(1) as f64;
     let mut rows = guarded(|| reader.get_row_iter(None)).and_then(|r| r.map_err(broken)).with_context(name)?;
     let mut number = 0;
     while let Some(row) = guarded(|| rows.next()).with_context(name)? {
         number += 1;
+        done.set((size as f64 * (number as f64 / count).min(1.0)) as u64);
         let row = row.map_err(broken).with_context(name)?;
-        each(number, Ok(Record::Fields(fields(&row)))).with_context(name)?;
+        // To write a date may fail, too.
+        let fields = guarded(|| fields(&row)).with_context(name)?;
+        each(number, Ok(Record::Fields(fields))).with_context(name)?;
     }
     Ok(())
 }

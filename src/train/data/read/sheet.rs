@@ -1,16 +1,25 @@
-use super::{Each, Record, guarded};
-use anyhow::{Context, Result, anyhow, bail};
-use calamine::{DataRef, Reader, Xlsx, open_workbook};
+use super::{Counted, Done, Each, Record, guarded};
+use crate::cli::size;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use calamine::{DataRef, Reader, Xlsx};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
+use zip::ZipArchive;
+
+/// Most bytes that a spreadsheet may unpack to: its texts are held in memory while its rows are read.
+const UNPACKED: u64 = 1 << 30;
 
 /// The rows of the first sheet that has any, cell by cell: a hostile file may claim a cell in the last of a million
 /// rows and columns, so nothing is laid out by their numbers. The first row of two cells (or of the one cell `text`)
 /// names the columns.
-pub fn read(path: &Path, each: Each) -> Result<()> {
+pub fn read(path: &Path, done: &Done, each: Each) -> Result<()> {
     let name = || path.display().to_string();
-    let mut book: Xlsx<_> = guarded(|| open_workbook(path))
+    check(path)?;
+    let file = Counted { file: File::open(path).with_context(name)?, done: done.clone() };
+    let mut book = guarded(|| Xlsx::new(BufReader::new(file)))
         .and_then(|book| book.map_err(|e: calamine::XlsxError| anyhow!("no readable .xlsx spreadsheet: {e}")))
         .with_context(name)?;
     let sheets = book.sheet_names();
@@ -27,6 +36,24 @@ pub fn read(path: &Path, each: Each) -> Result<()> {
         Some(sheet) if sheets.len() > 1 => tracing::warn!("{}: of its sheets only {sheet} is read", path.display()),
         Some(_) => {}
     }
+    Ok(())
+}
+
+/// Refuses an archive that says it unpacks to more than a spreadsheet may. One that says less than is true ends with an
+/// error where its parts exceed what is said.
+fn check(path: &Path) -> Result<()> {
+    let file = BufReader::new(File::open(path).with_context(|| path.display().to_string())?);
+    // What is no archive is told apart by the one who reads it.
+    let Ok(mut archive) = ZipArchive::new(file) else { return Ok(()) };
+    let sizes = (0..archive.len()).map(|i| archive.by_index(i).map_or(0, |part| part.size()));
+    let all = sizes.fold(0, u64::saturating_add);
+    ensure!(
+        all <= UNPACKED,
+        "{}: this spreadsheet would unpack to {}, and {} is the most that is read of one: save the sheet as .csv",
+        path.display(),
+        size(all),
+        size(UNPACKED)
+    );
     Ok(())
 }
 

@@ -1,4 +1,5 @@
 mod sets;
+mod unpacked;
 
 use super::*;
 use proptest::prelude::*;
@@ -80,7 +81,7 @@ impl Room {
     }
 
     fn load_all(&self, sources: &[Source]) -> Result<Dataset> {
-        load(sources, Some(&self.tokenizer), Some(&self.template), &self.settings)
+        load(sources, Some(&self.tokenizer), Some(&self.template), &self.settings, &mut |_, _| {})
     }
 
     fn load(&self, name: &str, content: impl AsRef<[u8]>) -> Result<Dataset> {
@@ -286,13 +287,13 @@ fn files_of_no_use_are_errors() {
     assert!(e.contains("directory"), "{e}");
     let chat = [Source::new(room.file("c.jsonl", r#"{"prompt":"a","completion":"b"}"#))];
     let text = [Source::new(room.file("t.jsonl", r#"{"text":"a"}"#))];
-    let e = format!("{:#}", load(&chat, Some(&room.tokenizer), None, &room.settings).unwrap_err());
+    let e = format!("{:#}", load(&chat, Some(&room.tokenizer), None, &room.settings, &mut |_, _| {}).unwrap_err());
     assert!(e.contains("c.jsonl") && e.contains("record 1") && e.contains("chat template"), "{e}");
     for sources in [&chat, &text] {
-        let e = format!("{:#}", load(sources, None, None, &room.settings).unwrap_err());
+        let e = format!("{:#}", load(sources, None, None, &room.settings, &mut |_, _| {}).unwrap_err());
         assert!(e.contains("need a tokenizer"), "{e}");
     }
-    assert_eq!(load(&text, Some(&room.tokenizer), None, &room.settings).unwrap().len(), 1);
+    assert_eq!(load(&text, Some(&room.tokenizer), None, &room.settings, &mut |_, _| {}).unwrap().len(), 1);
     room.settings.max_seq_len = 1;
     assert!(room.load_all(&text).unwrap_err().to_string().contains("--max-seq-len 1"));
 }
@@ -376,7 +377,8 @@ fn spreadsheets_and_parquet() {
                 shown[3]
             );
         }
-        let ids = load(&[Source::new(fixture("ids-gzip.parquet"))], None, None, &room.settings).unwrap();
+        let ids =
+            load(&[Source::new(fixture("ids-gzip.parquet"))], None, None, &room.settings, &mut |_, _| {}).unwrap();
         assert_eq!(ids.examples(0)[0].targets, [Some(2), Some(3), None]);
     }
 }

@@ -18,7 +18,8 @@ fn published_sets() {
     let (smollm2, qwen3) = (template("smollm2"), template("qwen3"));
     let settings = DataSettings { vocab_size: tokenizer.vocab_size(), max_seq_len: 1 << 20, ..settings() };
     let load_set = |name: &str, template: &ChatTemplate| {
-        let data = load(&[Source::new(dir.join(name))], Some(&tokenizer), Some(template), &settings).unwrap();
+        let data =
+            load(&[Source::new(dir.join(name))], Some(&tokenizer), Some(template), &settings, &mut |_, _| {}).unwrap();
         println!("{}", data.report);
         data
     };
@@ -80,7 +81,7 @@ fn published_sets() {
     assert!(calls > 100, "{calls}");
     let mut reasons = BTreeMap::new();
     for name in ["dpo_en-300.json", "kto_en-300.json"] {
-        match load(&[Source::new(dir.join(name))], Some(&tokenizer), Some(&smollm2), &settings) {
+        match load(&[Source::new(dir.join(name))], Some(&tokenizer), Some(&smollm2), &settings, &mut |_, _| {}) {
             Ok(data) => *reasons.entry("kept").or_insert(0) += data.len(),
             Err(e) => assert!(e.to_string().contains("preference training"), "{e}"),
         }
@@ -115,7 +116,7 @@ fn batches_of_the_reference_runs() {
     let room = Room::new();
     let rows = batch["input_ids"].as_array().unwrap().iter().zip(batch["labels"].as_array().unwrap());
     let file: String = rows.clone().map(|(i, l)| json!({"input_ids": i, "labels": l}).to_string() + "\n").collect();
-    let data = load(&[Source::new(room.file("t.jsonl", file))], None, None, &room.settings).unwrap();
+    let data = load(&[Source::new(room.file("t.jsonl", file))], None, None, &room.settings, &mut |_, _| {}).unwrap();
     for (item, (ids, labels)) in rows.enumerate() {
         let labels: Vec<_> = numbers(labels).into_iter().map(|l| u32::try_from(l).ok()).collect();
         let ids = numbers(ids).into_iter().map(|i| i as u32).collect();
