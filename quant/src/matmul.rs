@@ -263,11 +263,12 @@ impl Cpu {
                             (words.mul)(used, rounded.word_rows(cols), start..end, &mut tile, WIDTH);
                         }
                         Meet::Codes => {
-                            let (two, used) = panels.code_panels(w, width);
+                            let panels = panels.code_panels(w);
+                            let used = &panels[..width.div_ceil(PANEL)];
                             let x = rounded.rows(cols);
-                            (self.kernels.mul_panels)(&two[..used], x, start..end, &mut tile, WIDTH);
+                            (self.kernels.mul_panels)(used, x, start..end, &mut tile, WIDTH);
                             if self.fine() {
-                                (self.kernels.mul_panels)(&two[..used], x, n + start..n + end, &mut second, WIDTH);
+                                (self.kernels.mul_panels)(used, x, n + start..n + end, &mut second, WIDTH);
                                 (self.kernels.lanes.add)(&second, &mut tile);
                             }
                         }

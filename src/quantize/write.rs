@@ -145,7 +145,7 @@ fn explain(error: Error, output: &Path, plan: &Plan) -> anyhow::Error {
     let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
     match &error {
         Error::Io { source, .. } if full.contains(&source.kind()) => anyhow!(
-            "{}: no space left for the file, which takes {}; nothing was kept: free some space or write elsewhere",
+            "{}: no space left for the file, which takes {}: free some space and give the same command again, or write elsewhere",
             output.display(),
             megabytes(plan.bytes().0)
         ),

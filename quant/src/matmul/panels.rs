@@ -1,10 +1,11 @@
 //! Weight rows unpacked into cache, sixteen to a panel, for the products with many rows.
 
 use super::Matrix;
-use crate::buffer::Aligned;
+use crate::buffer::{Aligned, Number};
 use crate::cpu::Cpu;
 use crate::formats::Format;
 use crate::kernels::{CodePanel, HalfKernels, PANEL, WordKernels, WordPanel};
+use std::ops::Range;
 
 /// What a thread unpacks weights into.
 #[derive(Default)]
@@ -26,85 +27,79 @@ fn has_min(format: Format) -> bool {
     matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z)
 }
 
+/// The rows `rows` as panels of sixteen: which panel, how many of its rows there are, and their packed weights.
+fn parts<'a>(w: &Matrix<'a>, rows: &Range<usize>) -> impl Iterator<Item = (usize, usize, &'a [u8])> + use<'a> {
+    let (data, row_bytes, end) = (w.data, w.row_bytes(), rows.end);
+    rows.clone().step_by(PANEL).enumerate().map(move |(p, first)| {
+        let used = PANEL.min(end - first);
+        (p, used, &data[first * row_bytes..(first + used) * row_bytes])
+    })
+}
+
+/// Where panel `p` has its codes, and where its scales and minimums.
+fn places(w: &Matrix<'_>, p: usize) -> (Range<usize>, Range<usize>) {
+    let (codes, scales) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
+    (p * codes..(p + 1) * codes, p * scales..(p + 1) * scales)
+}
+
+/// Unpacks rows of codes by `pack`.
+fn unpack<T: Number>(
+    w: &Matrix<'_>,
+    rows: &Range<usize>,
+    pack: impl Fn(&[u8], usize, usize, &mut [T], &mut [f32], &mut [f32]),
+    codes: &mut Aligned<T>,
+    [scale, min]: [&mut Aligned<f32>; 2],
+) {
+    let (last_codes, last_scales) = places(w, 1);
+    codes.reserve(last_codes.end);
+    scale.reserve(last_scales.end);
+    min.reserve(last_scales.end);
+    for (p, used, data) in parts(w, rows) {
+        let (c, s) = places(w, p);
+        pack(data, used, w.cols, &mut codes[c], &mut scale[s.clone()], &mut min[s]);
+    }
+}
+
 impl Panels {
-    pub(super) fn unpack_codes(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        self.codes.reserve(2 * code_len);
-        self.scale.reserve(2 * scale_len);
-        self.min.reserve(2 * scale_len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            (cpu.kernels.pack_codes)(w.format)(
-                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
-                used,
-                w.cols,
-                &mut self.codes[p * code_len..(p + 1) * code_len],
-                &mut self.scale[p * scale_len..(p + 1) * scale_len],
-                &mut self.min[p * scale_len..(p + 1) * scale_len],
-            );
-        }
+    pub(super) fn unpack_codes(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &Range<usize>) {
+        let pack = (cpu.kernels.pack_codes)(w.format);
+        unpack(w, rows, pack, &mut self.codes, [&mut self.scale, &mut self.min]);
     }
 
-    pub(super) fn code_panels(&self, w: &Matrix<'_>, width: usize) -> ([CodePanel<'_>; 2], usize) {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        let panel = |p: usize| CodePanel {
-            codes: &self.codes[p * code_len..(p + 1) * code_len],
-            scale: &self.scale[p * scale_len..(p + 1) * scale_len],
-            min: if has_min(w.format) { &self.min[p * scale_len..(p + 1) * scale_len] } else { &[] },
-            sub: sub(w.format),
-        };
-        ([panel(0), panel(1)], width.div_ceil(PANEL))
+    pub(super) fn unpack_words(&mut self, kernels: &WordKernels, w: &Matrix<'_>, rows: &Range<usize>) {
+        let pack = (kernels.pack)(w.format);
+        unpack(w, rows, pack, &mut self.words, [&mut self.scale, &mut self.min]);
     }
 
-    pub(super) fn unpack_words(&mut self, kernels: &WordKernels, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        self.words.reserve(2 * code_len);
-        self.scale.reserve(2 * scale_len);
-        self.min.reserve(2 * scale_len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            (kernels.pack)(w.format)(
-                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
-                used,
-                w.cols,
-                &mut self.words[p * code_len..(p + 1) * code_len],
-                &mut self.scale[p * scale_len..(p + 1) * scale_len],
-                &mut self.min[p * scale_len..(p + 1) * scale_len],
-            );
-        }
-    }
-
-    pub(super) fn word_panels(&self, w: &Matrix<'_>) -> [WordPanel<'_>; 2] {
-        let (code_len, scale_len) = (w.cols * PANEL, w.cols / sub(w.format) * PANEL);
-        [0, 1].map(|p| WordPanel {
-            codes: &self.words[p * code_len..(p + 1) * code_len],
-            scale: &self.scale[p * scale_len..(p + 1) * scale_len],
-            min: if has_min(w.format) { &self.min[p * scale_len..(p + 1) * scale_len] } else { &[] },
-            sub: sub(w.format),
+    pub(super) fn code_panels(&self, w: &Matrix<'_>) -> [CodePanel<'_>; 2] {
+        [0, 1].map(|p| {
+            let (c, s) = places(w, p);
+            let min = if has_min(w.format) { &self.min[s.clone()] } else { &[] };
+            CodePanel { codes: &self.codes[c], scale: &self.scale[s], min, sub: sub(w.format) }
         })
     }
 
-    pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
+    pub(super) fn word_panels(&self, w: &Matrix<'_>) -> [WordPanel<'_>; 2] {
+        [0, 1].map(|p| {
+            let (c, s) = places(w, p);
+            let min = if has_min(w.format) { &self.min[s.clone()] } else { &[] };
+            WordPanel { codes: &self.words[c], scale: &self.scale[s], min, sub: sub(w.format) }
+        })
+    }
+
+    pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &Range<usize>) {
         let len = w.cols * PANEL;
         self.half.reserve(2 * len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            let data = &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()];
+        for (p, used, data) in parts(w, rows) {
             (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);
         }
     }
 
-    pub(super) fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &std::ops::Range<usize>) {
+    pub(super) fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &Range<usize>) {
         let len = w.cols * PANEL;
         self.floats.reserve(2 * len);
-        for (p, first) in rows.clone().step_by(PANEL).enumerate() {
-            let used = PANEL.min(rows.end - first);
-            (cpu.kernels.pack_floats)(w.format)(
-                &w.data[first * w.row_bytes()..(first + used) * w.row_bytes()],
-                used,
-                w.cols,
-                &mut self.floats[p * len..(p + 1) * len],
-            );
+        for (p, used, data) in parts(w, rows) {
+            (cpu.kernels.pack_floats)(w.format)(data, used, w.cols, &mut self.floats[p * len..(p + 1) * len]);
         }
     }
 }
