@@ -105,7 +105,7 @@ fn every_step_sees_the_quantized_ones_before_it() {
     let scratch = Scratch::open(&dir.path().join("out"), &Fingerprint::default()).unwrap();
     let mut seen = HashMap::new();
     run(&model, 2, &scratch, &mut |_: &Cpu, job: &Job<'_>| Ok(round(&mut seen, job))).unwrap();
-    let targets = targets(&model);
+    let (targets, original) = (targets(&model), model.clone());
 
     // The same without any of the machinery: quantize one linear layer after another, and run the whole model over the
     // text before each.
@@ -122,13 +122,17 @@ fn every_step_sees_the_quantized_ones_before_it() {
         steps.chain([vec![model.head.id]]).collect()
     };
     for step in steps {
-        let mut backend = text::backend(&model, Some(1), 1, 128, model.layers.len()).unwrap();
-        let squares = imatrix::collect(&model, &mut backend, &sequences(), true, &mut |_| ()).unwrap();
+        let first = step[0];
+        let joined = model.layers.iter().any(|l| first == l.o.id || first == l.mlp.as_ref().unwrap().down.id);
+        let inputs = observe(&model, first, Place::Input);
+        let weights = if joined { weights(&observe(&original, first, Place::Sum)) } else { vec![1.0; inputs.len()] };
         for linear in model.linears_mut().filter(|l| step.contains(&l.id)) {
             let Target { name, format, rows, .. } = &targets[&linear.id];
-            let inputs = squares.of(linear.id).unwrap();
-            assert_eq!(inputs.rows as usize, sequences().concat().len());
-            for (want, got) in inputs.sums.iter().zip(&seen[name]) {
+            let mut want = vec![0.0; linear.weight.cols()];
+            for (row, weight) in inputs.iter().zip(&weights) {
+                want.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x).powi(2) * weight);
+            }
+            for (want, got) in want.iter().zip(&seen[name]) {
                 // Where that is faster, products are of bf16, which is off by up to 1 in 256.
                 assert!((want - got).abs() <= 2e-3 * want.abs() + 1e-9, "{name}: {got} instead of {want}");
             }
@@ -146,33 +150,73 @@ fn every_step_sees_the_quantized_ones_before_it() {
     }
 }
 
-/// The outputs of one linear layer, or the sums that they are added in.
-struct Outputs {
-    id: usize,
-    sum: bool,
-    found: bool,
-    values: Vec<f32>,
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Input,
+    Output,
+    /// What the output is added in.
+    Sum,
 }
 
-impl Observer for Outputs {
-    fn input(&mut self, _: &Cpu, _: &Activations, _: &[&Linear]) -> ControlFlow<()> {
+/// What is seen at a place of one linear layer, row by row.
+struct Watch {
+    id: usize,
+    place: Place,
+    found: bool,
+    rows: Vec<Vec<f32>>,
+}
+
+impl Watch {
+    fn keep(&mut self, x: &Activations) {
+        self.rows.extend((0..x.rows()).map(|r| x.row(r).to_vec()));
+    }
+}
+
+impl Observer for Watch {
+    fn input(&mut self, _: &Cpu, x: &Activations, layers: &[&Linear]) -> ControlFlow<()> {
+        if self.place == Place::Input && layers.iter().any(|l| l.id == self.id) {
+            self.keep(x);
+        }
         ControlFlow::Continue(())
     }
 
     fn output(&mut self, _: &Cpu, _: &Activations, layers: &[&Linear], ys: &[Activations]) -> ControlFlow<()> {
-        if let Some(i) = layers.iter().position(|l| l.id == self.id) {
-            self.found = self.sum;
-            self.values.extend(ys[i].iter().filter(|_| !self.sum));
+        match (layers.iter().position(|l| l.id == self.id), self.place) {
+            (Some(i), Place::Output) => self.keep(&ys[i]),
+            (Some(_), Place::Sum) => self.found = true,
+            _ => {}
         }
         ControlFlow::Continue(())
     }
 
     fn sum(&mut self, _: &Cpu, sum: &Activations) -> ControlFlow<()> {
         if std::mem::take(&mut self.found) {
-            self.values.extend(sum.iter());
+            self.keep(sum);
         }
         ControlFlow::Continue(())
     }
+}
+
+fn observe(model: &Model, id: usize, place: Place) -> Vec<Vec<f32>> {
+    let mut watch = Watch { id, place, found: false, rows: Vec::new() };
+    for ids in sequences() {
+        let mut backend = text::backend(model, Some(1), 1, 128, model.layers.len()).unwrap();
+        let sequence = Sequence { slot: 0, start: 0, len: ids.len(), outline: model.outline(&ids) };
+        let batch = Batch { ids: &ids, sequences: &[sequence], phase: Phase::Prompt };
+        let mut capture = Capture::new(&mut backend, &mut watch);
+        // The head is behind the hidden states.
+        let _ = capture.run(|b| {
+            let hidden = decoder::hidden(model, b, &batch)?;
+            decoder::logits(model, b, &hidden)
+        });
+    }
+    watch.rows
+}
+
+/// What rows of the residual stream count: one over their mean square.
+fn weights(stream: &[Vec<f32>]) -> Vec<f64> {
+    let square = |row: &Vec<f32>| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / row.len() as f64;
+    stream.iter().map(|row| 1.0 / square(row)).collect()
 }
 
 #[test]
@@ -202,19 +246,11 @@ fn every_step_sees_what_its_outputs_lack() {
     };
     let steps: Vec<(usize, bool)> = model.layers.iter().flat_map(ids).collect();
     for (id, sum) in steps {
-        let outputs = |model: &Model| {
-            let mut observer = Outputs { id, sum, found: false, values: Vec::new() };
-            for ids in sequences() {
-                let mut backend = text::backend(model, Some(1), 1, 128, model.layers.len()).unwrap();
-                let sequence = Sequence { slot: 0, start: 0, len: ids.len(), outline: model.outline(&ids) };
-                let batch = Batch { ids: &ids, sequences: &[sequence], phase: Phase::Prompt };
-                let mut capture = Capture::new(&mut backend, &mut observer);
-                capture.run(|b| decoder::hidden(model, b, &batch)).unwrap().unwrap();
-            }
-            observer.values
-        };
-        let (wanted, got) = (outputs(&model), outputs(&quantized));
-        let squares = wanted.iter().zip(&got).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let place = if sum { Place::Sum } else { Place::Output };
+        let (wanted, got) = (observe(&model, id, place), observe(&quantized, id, place));
+        let weights = if sum { weights(&wanted) } else { vec![1.0; wanted.len()] };
+        let square = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let squares = wanted.iter().zip(&got).zip(weights).map(|((a, b), w)| square(a, b) * w).sum::<f64>();
         let want = squares / sequences().concat().len() as f64;
         let name = &targets[&id].name;
         assert!((lacking[name] - want).abs() <= 5e-3 * want + 1e-12, "{name}: {} instead of {want}", lacking[name]);

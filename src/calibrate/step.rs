@@ -97,6 +97,8 @@ pub(super) struct Step<'a> {
     drifts: Vec<Option<(Drift, Drift)>>,
     /// What a product that is about to be added to the stream is of.
     waiting: Option<Vec<f32>>,
+    /// What each of the chunk's rows counts, where the way is by the stream: see [`weights`].
+    weights: Vec<f32>,
     /// Nothing has to be collected: all of the step's weights are there, or none is wanted.
     pub known: bool,
 }
@@ -118,6 +120,7 @@ impl<'a> Step<'a> {
             wanted: Vec::new(),
             drifts: Vec::new(),
             waiting: None,
+            weights: Vec::new(),
             known: false,
         }
     }
@@ -156,6 +159,7 @@ impl<'a> Step<'a> {
             let mut less = std::mem::take(&mut self.wanted[i]);
             less.iter_mut().zip(*got).for_each(|(w, y)| *w -= y);
             let height = less.len() / n;
+            scale(&mut less, &self.weights);
             let less = self.split(&less, height);
             let new = || match self.way {
                 Way::Inputs => Drift::of_inputs(cols).coarse(),
@@ -181,6 +185,23 @@ impl<'a> Step<'a> {
     fn shown(&mut self, wanted: Vec<Vec<f32>>) -> ControlFlow<()> {
         self.wanted = wanted;
         if self.last { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+}
+
+/// What each of `n` rows of the residual stream counts: whatever reads the stream divides it by its root mean square
+/// first, and so the error in it. Without this the few tokens with enormous activations (Sun et al. 2024, "Massive
+/// activations in large language models") would be all that a product into the stream is judged by.
+fn weights(stream: &[f32], n: usize) -> Vec<f32> {
+    let squares = |row: &[f32]| row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / row.len() as f64;
+    let width = stream.len() / n.max(1);
+    stream.chunks_exact(width.max(1)).map(|row| (1.0 / squares(row).sqrt().max(1e-6)) as f32).collect()
+}
+
+/// Multiplies each row of `x` by its weight; where there are none, all count alike.
+fn scale(x: &mut [f32], weights: &[f32]) {
+    let width = x.len().checked_div(weights.len()).unwrap_or(0);
+    for (row, weight) in x.chunks_exact_mut(width.max(1)).zip(weights) {
+        row.iter_mut().for_each(|x| *x *= weight);
     }
 }
 
@@ -211,6 +232,12 @@ impl Observer for Step<'_> {
                 (false, _) => ControlFlow::Continue(()),
             };
         }
+        let mut x = std::borrow::Cow::Borrowed(&x[..]);
+        if let (Way::Stream, [wanted]) = (self.way, &self.wanted[..]) {
+            self.weights = weights(wanted, self.rows.last().map_or(0, |rows| rows.end));
+            scale(x.to_mut(), &self.weights);
+        }
+        let x = &x[..];
         let (x_most, x_others) = self.split(x, cols);
         let (most, others) = self.inputs.get_or_insert_with(|| (Hessian::coarse(cols), Hessian::coarse(cols)));
         most.add(cpu, &x_most);
@@ -236,7 +263,11 @@ impl Observer for Step<'_> {
         }
         if self.way == Way::Stream {
             // Of the unquantized model only the sum is wanted.
-            self.waiting = Some(if self.done.is_some() { Vec::new() } else { x.to_vec() });
+            let mut x = if self.done.is_some() { Vec::new() } else { x.to_vec() };
+            if self.done.is_none() {
+                scale(&mut x, &self.weights);
+            }
+            self.waiting = Some(x);
             return ControlFlow::Continue(());
         }
         if self.done.is_some() {
