@@ -1,7 +1,7 @@
 //! What models are calibrated on: the built-in text or one that was given, and texts that the model writes itself.
 //!
 //! A model's own samples are what its makers' data looked like to it, which no text of ours can match; but they hold
-//! little of what it is rarely asked for. Both together do best (docs/measurements.md), but for what is strange to it.
+//! little of what it is rarely asked for. Both together do best (docs/decisions.md), but for what is strange to it.
 
 use crate::engine::cpu::CpuBackend;
 use crate::engine::kv::{KvCache, KvFormat, KvShape};
