@@ -2,7 +2,7 @@
 
 use rushlight_quant::formats::Format;
 use rushlight_quant::quantize::{
-    Codes, Drift, Fit, GptqError, GptqOptions, Grid, Hessian, Order, Quantized, Seen, Variant, encode, gptq,
+    Codes, Drift, Fit, GptqError, GptqOptions, Grid, Hessian, Method, Order, Quantized, Seen, Variant, encode, gptq,
 };
 use rushlight_quant::{Cpu, Isa};
 
@@ -171,6 +171,23 @@ fn without_correlations_it_is_rounding() {
             }
         }
     }
+}
+
+#[test]
+fn weights_that_lie_on_the_grid_are_only_rounded() {
+    let (rows, cols) = (6, 256);
+    let (mut weights, x, _) = layer(rows, cols, 5);
+    let cpu = Cpu::new(2, Isa::best());
+    let h = hessian(&cpu, cols, &x);
+    let (grid, options) = (Grid::Blocks(Format::Q8_0), GptqOptions::default());
+    let first = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
+    assert!(first.methods.iter().any(|(m, rows)| *m != Method::Rounded && *rows > 0), "{:?}", first.methods);
+    weights = decoded(&first, grid, cols, rows * cols);
+    let again = gptq(&cpu, &weights, rows, (&h).into(), None, grid, &options).unwrap();
+    assert_eq!(again.methods, [(Method::Rounded, rows)]);
+    let mut packed = vec![0; rows * Format::Q8_0.row_bytes(cols).unwrap()];
+    encode(Format::Q8_0, &weights, cols, None, &mut packed);
+    assert!(again.codes == Codes::Blocks(packed));
 }
 
 #[test]
