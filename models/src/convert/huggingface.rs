@@ -77,7 +77,7 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
         if !packing::parts(role, Packing::Stacked, spec, layer).is_empty() || role.expert().is_some() {
             continue;
         }
-        if layer >= spec.layers.len() {
+        if layer >= spec.layers.len() || family.names_by_head(Naming::HuggingFace, role, layer, 1).is_some() {
             continue;
         }
         let name = gguf_name(role, layer)?;
@@ -88,6 +88,17 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
             role: Some((role, layer)),
             source: Source::Tensor { name: info.name.clone(), rows: None, offset: 0.0 },
         });
+    }
+    for (layer, weights) in model.layers.iter().enumerate() {
+        for (role, norm, heads) in
+            [(Role::QNorm, &weights.q_norm, spec.heads), (Role::KNorm, &weights.k_norm, spec.kv_heads)]
+        {
+            let norm = norm.as_ref().and_then(|norm| norm.weight.as_ref());
+            if let (Some(norm), Some(_)) = (norm, family.names_by_head(Naming::HuggingFace, role, layer, heads)) {
+                let name = format!("{}.weight", gguf_name(role, layer)?);
+                tensors.push(vector(name, (role, layer), vec![heads, spec.head_dim], &norm.values));
+            }
+        }
     }
     // What is packed there, gathered under its packed role.
     let mut packed: BTreeMap<(usize, String), (Role, Vec<&Linear>)> = BTreeMap::new();

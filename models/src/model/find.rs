@@ -128,8 +128,18 @@ impl<'a> Finder<'a> {
             QkNorm::Heads => (&[spec.heads, spec.head_dim], &[spec.kv_heads, spec.head_dim]),
             QkNorm::Head | QkNorm::None => (&[spec.head_dim], &[spec.head_dim]),
         };
-        let q_norm = norm(self, spec.qk_norm != QkNorm::None, Role::QNorm, q_shape);
-        let k_norm = norm(self, spec.qk_norm != QkNorm::None, Role::KNorm, k_shape);
+        // Norms of each head by itself have no bias, though others may.
+        let qk_norm = match (spec.qk_norm, spec.norm.kind) {
+            (QkNorm::Heads, NormKind::Layer { .. }) => {
+                Norm { kind: NormKind::Layer { weight: true, bias: false }, ..spec.norm }
+            }
+            _ => spec.norm,
+        };
+        let mut qk = |role, shape: &[usize]| match spec.qk_norm {
+            QkNorm::None => Some(None),
+            _ => self.norm(role, i, &qk_norm, shape).map(Some),
+        };
+        let (q_norm, k_norm) = (qk(Role::QNorm, q_shape), qk(Role::KNorm, k_shape));
         let (q_from, k_rows, v_rows) = match &spec.latent {
             Some(latent) => (latent.query.unwrap_or(hidden), latent.rotated, latent.kv),
             None => (hidden, kv_width, spec.value_width()),
@@ -354,7 +364,10 @@ impl<'a> Finder<'a> {
             NormKind::Rms => (true, false),
             NormKind::Layer { weight, bias } => (weight, bias),
         };
-        let weight = weight.then(|| self.vector(&self.filed(format!("{name}.weight")), shape));
+        let weight = weight.then(|| match self.family.names_by_head(self.naming, role, layer, shape[0]) {
+            Some(names) => self.by_head(&names, &shape[1..]),
+            None => self.vector(&self.filed(format!("{name}.weight")), shape),
+        });
         let bias = bias.then(|| self.vector(&self.filed(format!("{name}.bias")), shape));
         Some(NormWeights { weight: all_or_none(weight)?, bias: all_or_none(bias)? })
     }
@@ -363,6 +376,14 @@ impl<'a> Finder<'a> {
         let place = Place { name: self.name(role, 0), rows, part: None, expert: None, transposed: false };
         let (id, weight) = self.matrix(&place, cols)?;
         Some(Table { id, weight, replacement: None })
+    }
+
+    /// A vector of which each head has its part under a name of its own.
+    fn by_head(&mut self, names: &[String], shape: &[usize]) -> Option<Vector> {
+        let parts: Vec<_> =
+            names.iter().map(|name| self.vector(&self.filed(format!("{name}.weight")), shape)).collect();
+        let parts = parts.into_iter().collect::<Option<Vec<Vector>>>()?;
+        Some(Vector { id: parts.first()?.id, values: parts.into_iter().flat_map(|part| part.values).collect() })
     }
 
     fn vector(&mut self, name: &str, shape: &[usize]) -> Option<Vector> {

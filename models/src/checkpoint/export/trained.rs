@@ -115,6 +115,14 @@ fn changes<'a>(source: &Checkpoint, model: &'a Model) -> Result<HashMap<String, 
         }
     }
     for (role, layer, norm) in norms(model) {
+        let heads = if role == Role::QNorm { spec.heads } else { spec.kv_heads };
+        if let (Some(names), Some(weight)) = (family.names_by_head(naming, role, layer, heads), &norm.weight) {
+            for (name, values) in names.iter().zip(weight.values.chunks(spec.head_dim)) {
+                let change = Change::Vector { values, rows: None, first: 0 };
+                changes.entry(format!("{name}.weight")).or_default().push(change);
+            }
+            continue;
+        }
         for (vector, end) in [(&norm.weight, ".weight"), (&norm.bias, ".bias")] {
             if let (Some(vector), Some(name)) = (vector, find(role, layer, &[end])) {
                 let change = Change::Vector { values: &vector.values, rows: None, first: 0 };
