@@ -3,7 +3,7 @@
 
 use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role};
 use crate::Result;
-use crate::spec::{ModelSpec, Placement, QkNorm, Rope, RopeScaling};
+use crate::spec::{Biases, ModelSpec, Placement, QkNorm, Rope, RopeScaling};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
 pub(super) static FAMILY: Family = Family {
@@ -55,8 +55,9 @@ fn common(mut spec: ModelSpec) -> ModelSpec {
 }
 
 fn with_offset(config: &Config<'_>, fields: &Fields) -> Result<ModelSpec> {
-    config.only("attention_bias", false)?;
+    let bias = config.bool_or("attention_bias", false)?;
     let mut spec = common(config.decoder_of("gemma", fields)?);
+    spec.bias = Biases { qkv: bias, output: bias, ..Biases::default() };
     spec.norm.weight_offset = 1.0;
     Ok(spec)
 }
@@ -73,14 +74,14 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 fn with_four_norms(config: &Config<'_>, family: &'static str, fields: &Fields) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family, placement: Placement::Both, ..with_offset(config, fields)? };
     spec.attention_scale = config.f32_opt("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5);
-    spec.attention_softcap = config.f32_opt("attn_logit_softcapping")?;
     spec.logit_softcap = config.f32_opt("final_logit_softcapping")?;
     Ok(spec)
 }
 
 fn second_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = with_four_norms(config, "gemma2", &GEMMA)?;
-    // What is left out is capped; null is not.
+    // What is left out is capped; null is not. The third generation has the field for attention too, but does not go by it.
+    spec.attention_softcap = config.f32_opt("attn_logit_softcapping")?;
     spec.attention_softcap = spec.attention_softcap.or((!config.has("attn_logit_softcapping")).then_some(50.0));
     spec.logit_softcap = spec.logit_softcap.or((!config.has("final_logit_softcapping")).then_some(30.0));
     config.slide(&mut spec, Some(4096), |layer| layer % 2 == 0)?;
