@@ -150,7 +150,7 @@ impl<'a> Finder<'a> {
         let k = self.linear(Role::K, i, spec, k_rows, hidden, spec.bias.qkv);
         let v = self.linear(Role::V, i, spec, v_rows, hidden, spec.bias.qkv);
         let o = self.linear(Role::O, i, spec, hidden, spec.heads * spec.value_dim, spec.bias.output);
-        let sinks = spec.sinks.then(|| self.vector(&self.name(Role::Sinks, i), &[spec.heads]));
+        let sinks = spec.sinks.then(|| self.vector(&self.filed(self.name(Role::Sinks, i)), &[spec.heads]));
         let layer = &spec.layers[i];
         let mlp = layer.mlp.as_ref().map(|mlp| {
             let roles = match layer.experts {
@@ -218,7 +218,8 @@ impl<'a> Finder<'a> {
 
     fn experts(&mut self, i: usize, spec: &ModelSpec, experts: &Experts) -> Option<ExpertWeights> {
         let router = self.linear(Role::Router, i, spec, experts.count, spec.hidden_size, experts.router_bias);
-        let choice_bias = experts.choice_bias.then(|| self.vector(&self.name(Role::ChoiceBias, i), &[experts.count]));
+        let choice_bias =
+            experts.choice_bias.then(|| self.vector(&self.filed(self.name(Role::ChoiceBias, i)), &[experts.count]));
         let shared_gate =
             experts.shared_gate.then(|| self.linear(Role::SharedRouter, i, spec, 1, spec.hidden_size, false));
         let each: Vec<_> = (0..experts.count)
