@@ -51,9 +51,14 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
     let mut tensors = Vec::with_capacity(checkpoint.tensors().len() + 1);
     let linear: HashSet<(Role, usize)> = model.linears().map(|l| (l.role, l.layer)).collect();
     let gguf_name = |role: Role, layer: usize| {
-        // Falcon's first name is that of a norm which models with one for both branches have not.
+        // Falcon's norms are called otherwise where each of two parallel branches has its own.
         let name = match (role, spec.branches) {
-            (Role::AttentionNorm, Branches::ParallelShared) => family.names_of(Naming::Gguf, role, layer).last(),
+            (Role::AttentionNorm, Branches::ParallelShared | Branches::Sequential) => {
+                family.names_of(Naming::Gguf, role, layer).last()
+            }
+            (Role::MlpNorm, Branches::Parallel) if family.names_itself(Naming::Gguf, role) => {
+                family.names_of(Naming::Gguf, role, layer).nth(1)
+            }
             (Role::Q, _) if spec.latent.as_ref().is_some_and(|l| l.query.is_none()) => {
                 family.names_of(Naming::Gguf, role, layer).last()
             }

@@ -87,8 +87,5 @@ fn interpolates(config: &Config<'_>) -> bool {
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    let spec = keys.decoder("chatglm2", RopeLayout::Interleaved)?;
-    let qkv = keys.has_bias(Role::Q) || keys.has_bias(Role::Qkv);
-    let bias = Biases { qkv, output: keys.has_bias(Role::O), ..Biases::default() };
-    Ok(ModelSpec { bias, ..spec })
+    Ok(ModelSpec { bias: keys.biases(), ..keys.decoder("chatglm2", RopeLayout::Interleaved)? })
 }

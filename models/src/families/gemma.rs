@@ -107,6 +107,7 @@ fn turn_windows(spec: &mut ModelSpec, local: f32) {
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = common(keys.decoder("gemma", RopeLayout::Half)?);
     spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()).for_each(|mlp| mlp.activation = Activation::GeluTanh);
+    spec.bias = keys.biases();
     Ok(spec)
 }
 
@@ -118,23 +119,21 @@ fn scale(spec: &ModelSpec, largest: usize) -> f32 {
 
 fn second_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "gemma2", placement: Placement::Both, ..from_keys(keys)? };
-    spec.attention_scale = scale(&spec, 46);
-    spec.attention_softcap = Some(keys.f32_opt("attn_logit_softcapping")?.unwrap_or(50.0));
-    spec.logit_softcap = Some(keys.f32_opt("final_logit_softcapping")?.unwrap_or(30.0));
-    let window = keys.window()?.or(Some(4096));
-    spec.layers.iter_mut().step_by(2).for_each(|layer| layer.window = window);
+    spec.attention_scale = keys.f32_opt("attention.scale")?.unwrap_or(scale(&spec, 46));
+    // 0 is none.
+    let cap = |name: &str, usual: f32| Ok(Some(keys.f32_opt(name)?.unwrap_or(usual)).filter(|&cap| cap != 0.0));
+    spec.attention_softcap = cap("attn_logit_softcapping", 50.0)?;
+    spec.logit_softcap = cap("final_logit_softcapping", 30.0)?;
+    keys.slide(&mut spec, Some(4096), |layer| layer % 2 == 0)?;
     Ok(spec)
 }
 
 fn third_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let (placement, qk_norm) = (Placement::Both, QkNorm::Head);
     let mut spec = ModelSpec { family: "gemma3", placement, qk_norm, ..from_keys(keys)? };
-    spec.attention_scale = scale(&spec, 62);
+    spec.attention_scale = keys.f32_opt("attention.scale")?.unwrap_or(scale(&spec, 62));
     spec.logit_softcap = keys.f32_opt("final_logit_softcapping")?.filter(|&cap| cap != 0.0);
-    let window = keys.window()?;
-    for (i, layer) in spec.layers.iter_mut().enumerate() {
-        layer.window = window.filter(|_| (i + 1) % 6 != 0);
-    }
+    keys.slide(&mut spec, None, |layer| (layer + 1) % 6 != 0)?;
     turn_windows(&mut spec, keys.f32_opt("rope.freq_base_swa")?.unwrap_or(10000.0));
     Ok(spec)
 }

@@ -214,6 +214,15 @@ pub struct Gguf {
     pub reordered: bool,
 }
 
+impl Gguf {
+    /// Reads the metadata of a file of the architecture.
+    fn read(&self, keys: &Keys<'_>) -> Result<ModelSpec> {
+        let mut spec = (self.from_keys)(keys)?;
+        keys.depart(&mut spec)?;
+        Ok(spec)
+    }
+}
+
 /// Every family, in the order they are listed to people.
 pub static FAMILIES: &[&Family] = &[
     &llama::FAMILY,
@@ -534,7 +543,7 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 });
                 unknown(checkpoint, name, &known)
             })?;
-            Ok((family, (form.from_keys)(&Keys::new(checkpoint, metadata, name))?))
+            Ok((family, form.read(&Keys::new(checkpoint, metadata, name))?))
         }
         Kind::HuggingFace { config, .. } => {
             let path = checkpoint.path().join("config.json");
