@@ -166,6 +166,7 @@ fn what_is_unusual_for_an_architecture_is_said() {
         ("gpt_bigcode", json!({"activation_function": "gelu"})),
         ("gpt2", json!({"activation_function": "relu"})),
         ("mixtral", json!({"hidden_act": "gelu"})),
+        ("phi", json!({"tie_word_embeddings": true})),
     ]
     .into_iter()
     .enumerate()

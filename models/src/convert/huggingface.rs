@@ -107,7 +107,7 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
     }
     // What is packed there, gathered under its packed role.
     let mut packed: BTreeMap<(usize, String), (Role, Vec<&Linear>)> = BTreeMap::new();
-    for linear in model.linears().filter(|l| l.role != Role::Head || !spec.tied_head) {
+    for linear in model.linears() {
         let (role, layer) = (linear.role, linear.layer);
         let whole = packing::packed_in(role, spec)
             .filter(|&whole| family.names_itself(Naming::Gguf, whole) || whole == Role::KvLatent);
@@ -127,7 +127,15 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
             None => Source::Parts { parts: vec![in_place(checkpoint, linear)?], rows: None },
         };
         let (format, shape) = (weight.format(), vec![weight.rows(), weight.cols()]);
-        tensors.push(Converted { name: format!("{name}.weight"), format, shape, role: Some((role, layer)), source });
+        if role != Role::Head || !spec.tied_head {
+            tensors.push(Converted {
+                name: format!("{name}.weight"),
+                format,
+                shape,
+                role: Some((role, layer)),
+                source,
+            });
+        }
         tensors.extend(
             linear
                 .bias

@@ -254,6 +254,7 @@ fn unread(spec: &ModelSpec, architecture: &str) -> Option<&'static str> {
         {
             Some("knows no biases in this architecture")
         }
+        "phi2" if spec.tied_head => Some("looks for a head of its own"),
         "gemma2" if spec.attention_softcap.is_none() || spec.logit_softcap.is_none() => {
             Some("takes scores and logits to be capped")
         }

@@ -42,15 +42,14 @@ impl<'a> Finder<'a> {
         let embedding_norm = spec.embedding_norm.then(|| self.norm(Role::EmbeddingNorm, 0, &spec.norm, &[hidden]));
         let final_norm = self.norm(Role::FinalNorm, 0, &spec.norm, &[hidden]);
         let head = match (spec.tied_head, &embedding) {
-            (true, Some(table)) => Some(Linear {
-                id: table.id,
-                role: Role::Head,
-                layer: 0,
-                weight: table.weight.clone(),
-                bias: None,
-                adapters: Vec::new(),
-                replacement: None,
-            }),
+            (true, Some(table)) => {
+                // Its weight alone is the embedding's.
+                let name = self.stored(&self.name(Role::Head, 0), ".bias", "_bias");
+                let bias = all_or_none(spec.bias.head.then(|| self.vector(&name, &[vocab])));
+                let (id, weight) = (table.id, table.weight.clone());
+                let (role, layer, adapters, replacement) = (Role::Head, 0, Vec::new(), None);
+                bias.map(|bias| Linear { id, role, layer, weight, bias, adapters, replacement })
+            }
             (true, None) => None,
             (false, _) => self.linear(Role::Head, 0, &spec, vocab, hidden, spec.bias.head),
         };

@@ -93,14 +93,14 @@ fn changes<'a>(source: &Checkpoint, model: &'a Model) -> Result<HashMap<String, 
     };
     for linear in model.linears() {
         let (role, layer) = (linear.role, linear.layer);
-        if role == Role::Head && spec.tied_head {
-            continue;
-        }
+        let tied = role == Role::Head && spec.tied_head;
         let missing = || Error::file(source.path(), format!("{role:?} of layer {layer} has no place in it"));
-        let (name, whole, rows) = place(role, layer, &[".weight", ""]).ok_or_else(missing)?;
-        let (expert, transposed) = (expert(model, whole), family.is_transposed(naming, whole));
-        let change = Change::Matrix { weight: linear.weight(), rows, expert, transposed };
-        changes.entry(name).or_default().push(change);
+        if !tied {
+            let (name, whole, rows) = place(role, layer, &[".weight", ""]).ok_or_else(missing)?;
+            let (expert, transposed) = (expert(model, whole), family.is_transposed(naming, whole));
+            let change = Change::Matrix { weight: linear.weight(), rows, expert, transposed };
+            changes.entry(name).or_default().push(change);
+        }
         if let Some(bias) = &linear.bias {
             let (name, whole, rows) = place(role, layer, &[".bias", "_bias"]).ok_or_else(missing)?;
             let first = self::expert(model, whole) * rows_of(model, whole, linear);
