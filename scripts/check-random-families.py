@@ -267,6 +267,8 @@ def falcon(draw):
         fields.pop(name)
     fields["layer_norm_epsilon"] = 1e-5
     maybe(draw, fields, bias=BOTH, ffn_hidden_size=[70, 120], activation=["gelu", "relu"], parallel_attn=BOTH)
+    if draw.random() < 0.3:
+        fields["alibi"] = True
     if draw.random() < 0.5:
         fields |= {"new_decoder_architecture": True, "num_kv_heads": kv, "parallel_attn": True}
         return maybe(draw, fields, num_ln_in_parallel_attn=[1, 2, None])
@@ -367,14 +369,18 @@ def renamed(fields):
 def write_model(fields, folder, seed):
     """Writes a random model with this configuration and returns it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, StableLmPreTrainedModel
 
+    # It fails on norms without a bias; torch's own values do as well.
+    StableLmPreTrainedModel._init_weights = lambda self, module: None
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields, indent=1))
     config = AutoConfig.from_pretrained(folder)
     config.attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    # Plain attention adds Falcon's ALiBi twice.
+    attention = "sdpa" if fields.get("alibi") else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1 or name.endswith(("layernorm.weight", "norm.weight", "bias")) and p.dim() < 3:

@@ -9,7 +9,8 @@ use rushlight_models::checkpoint::{Checkpoint, TensorInfo, Value};
 use rushlight_models::convert::{Conversion, Directory, to_gguf, to_huggingface};
 use rushlight_models::tokenizer::{ChatTemplate, Specials, Tokenizer};
 use rushlight_quant::formats::Format;
-use std::path::Path;
+use serde_json::{Value as Json, json};
+use std::path::{Path, PathBuf};
 
 /// Writes the GGUF file of the directory `source` to `path`, every matrix in f32.
 fn convert(source: &Path, path: &Path) -> Conversion {
@@ -33,7 +34,7 @@ fn every_family_gives_the_same_logits_as_gguf() {
     let out = tempfile::tempdir().unwrap();
     let names = "llama llama-rope3 llama-rope3-v5config llama-tied-bias llama-linear-rope llama-yarn \
                  llama-sharded-bf16 llama-sharded-f16 llama-torchbin yi mistral mixtral qwen2 qwen2-tied qwen2_moe qwen3 \
-                 qwen3_moe gemma phi phi3 glm glm4 chatglm2-6b chatglm3-6b chatglm3-6b-32k baichuan-7b baichuan-13b \
+                 qwen3_moe gemma gemma2 gemma3 phi phi3 glm glm4 chatglm2-6b chatglm3-6b chatglm3-6b-32k baichuan-7b baichuan-13b \
                  baichuan2-7b baichuan2-13b internlm-7b internlm2 deepseek_v2 deepseek_v3 gpt_oss gpt2 gpt_bigcode \
                  gpt_bigcode-mha gpt_neox starcoder2 falcon-7b-style falcon-40b-style bloom olmo olmo2 smollm3 granite \
                  cohere stablelm ernie4_5 helium";
@@ -64,36 +65,115 @@ fn every_family_gives_the_same_logits_as_gguf() {
     check(&mut Engine::open(&path, &long).unwrap(), &dir.join("golden.json"), Steps::Last);
 }
 
-/// Files say nothing of rotary bases that grow with a text and of logn attention, which short texts do not need, and what
-/// they conclude from sizes is right for models as they are published.
+/// Compares the file of the directory `dir` with itself on the first or second text of the checkpoint's own.
+fn same_as_gguf(dir: &Path, golden: &Path, case: usize, label: &str) {
+    let ids = ids(&json(golden)["cases"][case]["input_ids"]);
+    let file = dir.with_extension("gguf");
+    convert(dir, &file);
+    let logits = |path: &Path| {
+        let mut all = Vec::new();
+        let mut engine = Engine::open(path, &options(&[])).unwrap();
+        engine.prompt_all(0, &ids, &mut |_, logits| all.push(logits.to_vec())).unwrap();
+        all
+    };
+    for (position, (got, want)) in logits(&file).iter().zip(&logits(dir)).enumerate() {
+        assert!(distance(got, want) < 3e-4, "{label} position {position}");
+    }
+}
+
+/// A copy of the checkpoint `name` with some fields of its configuration changed.
+fn changed(name: &str, changes: &Json, copy: &Path) -> Option<PathBuf> {
+    let dir = shared(&format!("fixtures/families/{name}"))?;
+    let mut config = json(&dir.join("config.json"));
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    std::fs::create_dir(copy).unwrap();
+    std::fs::copy(dir.join("model.safetensors"), copy.join("model.safetensors")).unwrap();
+    std::fs::write(copy.join("config.json"), config.to_string()).unwrap();
+    Some(dir.join("golden.json"))
+}
+
+/// Files say nothing of rotary bases that grow with a text and of logn attention, which short texts do not need.
 #[test]
 fn what_files_leave_out_changes_nothing_where_it_does_not_matter() {
     let out = tempfile::tempdir().unwrap();
-    for name in ["qwen-7b", "internlm2-bias-dynntk", "gemma2", "gemma3"] {
-        let Some(mut dir) = shared(&format!("fixtures/families/{name}")) else { return };
-        let case = usize::from(name.starts_with("gemma"));
-        let ids = ids(&json(&dir.join("golden.json"))["cases"][case]["input_ids"]);
-        if case == 1 {
-            let mut config = json(&dir.join("config.json"));
-            config["query_pre_attn_scalar"] = config["head_dim"].clone();
-            config["sliding_window_pattern"] = 6.into();
-            let copy = out.path().join(name);
-            std::fs::create_dir(&copy).unwrap();
-            std::fs::copy(dir.join("model.safetensors"), copy.join("model.safetensors")).unwrap();
-            std::fs::write(copy.join("config.json"), config.to_string()).unwrap();
-            dir = copy;
-        }
-        let file = out.path().join(format!("{name}.gguf"));
-        convert(&dir, &file);
-        let logits = |path: &Path| {
-            let mut all = Vec::new();
-            let mut engine = Engine::open(path, &options(&[])).unwrap();
-            engine.prompt_all(0, &ids, &mut |_, logits| all.push(logits.to_vec())).unwrap();
-            all
-        };
-        for (position, (got, want)) in logits(&file).iter().zip(&logits(&dir)).enumerate() {
-            assert!(distance(got, want) < 3e-4, "{name} position {position}");
-        }
+    for name in ["qwen-7b", "internlm2-bias-dynntk"] {
+        let copy = out.path().join(name);
+        let Some(golden) = changed(name, &json!({}), &copy) else { return };
+        same_as_gguf(&copy, &golden, 0, name);
+    }
+}
+
+/// Adds vectors to a file of safetensors.
+fn add(file: &Path, vectors: impl Iterator<Item = (String, Vec<f32>)>) {
+    let old = std::fs::read(file).unwrap();
+    let (length, rest) = old.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let (mut header, mut data): (Json, _) = (serde_json::from_slice(header).unwrap(), data.to_vec());
+    for (name, values) in vectors {
+        let start = data.len();
+        data.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+        header[name] = json!({"dtype": "F32", "shape": [values.len()], "data_offsets": [start, data.len()]});
+    }
+    let header = header.to_string();
+    std::fs::write(file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat()).unwrap();
+}
+
+/// The norms of StableLM's heads lie in directories one by one, without a bias, and in files together.
+#[test]
+fn norms_of_single_heads() {
+    let out = tempfile::tempdir().unwrap();
+    let (with, without) = (out.path().join("with"), out.path().join("without"));
+    let Some(golden) = changed("stablelm", &json!({"qk_layernorm": true}), &with) else { return };
+    changed("stablelm", &json!({}), &without).unwrap();
+    let config = json(&with.join("config.json"));
+    let count = |name: &str| config[name].as_u64().unwrap() as usize;
+    let (layers, width) = (count("num_hidden_layers"), count("hidden_size") / count("num_attention_heads"));
+    let kinds = [("q", count("num_attention_heads")), ("k", count("num_key_value_heads"))];
+    let all =
+        (0..layers).flat_map(|l| kinds.into_iter().flat_map(move |(k, heads)| (0..heads).map(move |h| (l, k, h))));
+    let vectors = all.map(|(layer, kind, head)| {
+        let name = format!("model.layers.{layer}.self_attn.{kind}_layernorm.norms.{head}.weight");
+        (name, (0..width).map(|i| 0.5 + ((7 * i + 3 * head + layer) % 11) as f32 / 10.0).collect())
+    });
+    add(&with.join("model.safetensors"), vectors);
+    same_as_gguf(&with, &golden, 1, "stablelm");
+    let last = [&with, &without]
+        .map(|dir| Engine::open(dir, &options(&[])).unwrap().prompt(0, &[5, 7, 11], &mut |_| true).unwrap().to_vec());
+    assert!(distance(&last[0], &last[1]) > 0.1);
+    // A head that lacks its norm is named.
+    std::fs::copy(without.join("model.safetensors"), with.join("model.safetensors")).unwrap();
+    let error = Engine::open(&with, &options(&[])).err().unwrap().to_string();
+    assert!(error.contains("q_layernorm.norms.1"), "{error}");
+}
+
+#[test]
+fn what_is_unusual_for_an_architecture_is_said() {
+    let out = tempfile::tempdir().unwrap();
+    let sliding = json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 1});
+    for (i, (name, changes)) in [
+        ("falcon-rw-alibi", json!({})),
+        ("qwen2", sliding.clone()),
+        ("qwen3", sliding.clone()),
+        ("qwen3_moe", json!({"norm_topk_prob": false})),
+        ("qwen2_moe", json!({"norm_topk_prob": true})),
+        ("gemma2", json!({"layer_types": ["full_attention", "sliding_attention"], "hidden_activation": "gelu"})),
+        ("gemma2", json!({"attn_logit_softcapping": null, "final_logit_softcapping": null})),
+        ("gemma3", json!({"layer_types": ["full_attention", "sliding_attention", "full_attention"]})),
+        ("gpt_oss", json!({"layer_types": ["full_attention", "sliding_attention"]})),
+        ("gpt_neox", json!({"hidden_act": "gelu_fast"})),
+        ("gpt_bigcode", json!({"activation_function": "gelu"})),
+        ("gpt2", json!({"activation_function": "relu"})),
+        ("mixtral", json!({"hidden_act": "gelu"})),
+        ("phi", json!({"tie_word_embeddings": true})),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let copy = out.path().join(i.to_string());
+        let Some(golden) = changed(name, &changes, &copy) else { return };
+        same_as_gguf(&copy, &golden, 1, &format!("{name} {changes}"));
     }
 }
 
@@ -154,14 +234,9 @@ fn latent_matrices_in_two_parts() {
 
 #[test]
 fn what_gguf_cannot_say_is_refused_or_told() {
-    for (name, why) in [
-        ("gemma2", "attention scale"),
-        ("gemma3", "rotary positions"),
-        ("chatglm-6b", "no form in GGUF"),
-        ("chatglm2-6b-ptuning", "no place for Prefix"),
-        ("falcon-rw-alibi", "cannot say this model's"),
-        ("gptj", "no form in GGUF"),
-    ] {
+    for (name, why) in
+        [("chatglm-6b", "no form in GGUF"), ("chatglm2-6b-ptuning", "no place for Prefix"), ("gptj", "no form in GGUF")]
+    {
         let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
         let error = to_gguf(&Checkpoint::open(&dir).unwrap()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(why), "{name}: {error}");
@@ -174,6 +249,8 @@ fn what_gguf_cannot_say_is_refused_or_told() {
         ("deepseek_v2", &["26 or 27"]),
         ("qwen3_moe", &["experts"]),
         ("ernie4_5", &["no biases"]),
+        ("falcon-rw-alibi", &["no biases"]),
+        ("gemma2", &["scale of attention"]),
     ] {
         let Some(dir) = shared(&format!("fixtures/families/{name}")) else { return };
         let conversion = to_gguf(&Checkpoint::open(&dir).unwrap()).unwrap();

@@ -50,7 +50,10 @@ fn what_configurations_leave_out_is_what_the_reference_takes() {
     assert_eq!(activation(&gemma), Activation::Gelu);
     // The first Gemma's configurations say gelu and mean its approximation.
     assert_eq!(activation(&read(json!({"model_type": "gemma", "hidden_act": "gelu"})).unwrap()), Activation::GeluTanh);
-    let gemma = read(json!({"model_type": "gemma3_text"})).unwrap();
+    // The third has a field that its code does not go by.
+    let gemma =
+        read(json!({"model_type": "gemma3_text", "attn_logit_softcapping": 3.0, "attention_bias": true})).unwrap();
+    assert!(gemma.bias.qkv && gemma.bias.output && !gemma.bias.up);
     assert_eq!((gemma.attention_softcap, gemma.ropes[1].theta), (None, 1e4));
     assert!(gemma.layers.iter().all(|l| l.window == Some(4096) && l.rope == Some(1)));
     assert!(read(json!({"model_type": "glm"})).unwrap().bias.qkv);
@@ -97,7 +100,8 @@ fn what_families_say_each_in_their_own_way() {
     assert!(internlm(json!({"base": 10000, "type": "spiral"})).unwrap_err().contains("spiral"));
     let glm = |folder: &str| {
         let fields = json!({"model_type": "chatglm", "padded_vocab_size": 320, "num_layers": 2, "seq_length": 64,
-            "ffn_hidden_size": 96, "kv_channels": 16, "layernorm_epsilon": 1e-5, "rope_ratio": 4});
+            "ffn_hidden_size": 96, "kv_channels": 16, "layernorm_epsilon": 1e-5, "rope_ratio": 4,
+            "multi_query_attention": true, "multi_query_group_num": 2});
         read_in(fields, folder).unwrap().ropes[0].clone()
     };
     assert_eq!((glm("chatglm3-6b-32k").theta, glm("chatglm3-6b-32k").scaling), (4e4, RopeScaling::None));
@@ -105,6 +109,9 @@ fn what_families_say_each_in_their_own_way() {
         (glm("chatglm2-6b-32k").theta, glm("chatglm2-6b-32k").scaling),
         (1e4, RopeScaling::Linear { factor: 4.0 })
     );
+    let apart = json!({"model_type": "chatglm", "padded_vocab_size": 320, "num_layers": 2, "seq_length": 64,
+        "ffn_hidden_size": 96, "kv_channels": 16, "layernorm_epsilon": 1e-5});
+    assert!(read(apart).unwrap_err().contains("multi_query_attention = false"));
     let deepseek = |fields: Json| {
         let mut all = json!({"model_type": "deepseek_v3", "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
             "kv_lora_rank": 16});

@@ -168,11 +168,16 @@ fn switches_are_carried_over_or_told_of() {
     let wide =
         convert("qwen2", json!({"use_sliding_window": true, "sliding_window": 9, "max_window_layers": 1})).unwrap();
     assert!(wide.notes.iter().any(|n| n.contains("attention window")), "{:?}", wide.notes);
+    assert_eq!(keys(&wide, "qwen2.attention.sliding_window").unwrap(), "Unsigned(9)");
+    let pattern = wide.metadata.array("qwen2.attention.sliding_window_pattern").unwrap();
+    assert_eq!(pattern.ints().collect::<Vec<_>>(), [0, 1]);
+    let gelu = convert("llama", json!({"hidden_act": "gelu"})).unwrap();
+    assert_eq!(keys(&gelu, "llama.hidden_activation").unwrap(), "String(\"gelu\")");
+    assert!(gelu.notes.iter().any(|n| n.contains("llama.cpp reads this file otherwise")), "{:?}", gelu.notes);
     let mistral = convert("mistral", json!({})).unwrap();
     assert_eq!(keys(&mistral, "llama.attention.sliding_window").unwrap(), "Unsigned(8)");
     assert!(mistral.notes.iter().any(|n| n.contains("longer than 8 tokens")), "{:?}", mistral.notes);
     for (changes, why) in [
-        (json!({"hidden_act": "gelu"}), "cannot say this model's activation"),
         (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": false}}), "rotary positions"),
         (json!({"num_hidden_layers": 3}), "tensors are missing"),
     ] {

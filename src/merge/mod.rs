@@ -102,8 +102,8 @@ pub fn plan_directory(
     let folding = Folding::new(model)?;
     let mut tensors: Vec<Planned> = Vec::with_capacity(checkpoint.tensors().len() + 1);
     for info in checkpoint.tensors() {
-        // A head that is stored although it is the embedding would be out of date.
-        if model.spec.tied_head && folding.role(info) == Some(Role::Head) {
+        // A head that is stored although it is the embedding would be out of date; its bias, which is not, stays.
+        if model.spec.tied_head && folding.role(info) == Some(Role::Head) && info.shape.len() > 1 {
             continue;
         }
         let own = if info.format.is_float() { info.format } else { Format::F16 };

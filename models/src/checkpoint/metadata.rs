@@ -90,6 +90,12 @@ impl Array {
         Array { kind: ValueType::I32, count: items.len(), data: Bytes::new(data) }
     }
 
+    /// An array of booleans.
+    pub fn of_bool(items: impl IntoIterator<Item = bool>) -> Array {
+        let data: Vec<u8> = items.into_iter().map(u8::from).collect();
+        Array { kind: ValueType::Bool, count: data.len(), data: Bytes::new(data) }
+    }
+
     /// An array of 32-bit floats.
     pub fn of_f32(items: &[f32]) -> Array {
         let data: Vec<u8> = items.iter().flat_map(|f| f.to_le_bytes()).collect();

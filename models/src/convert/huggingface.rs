@@ -51,9 +51,14 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
     let mut tensors = Vec::with_capacity(checkpoint.tensors().len() + 1);
     let linear: HashSet<(Role, usize)> = model.linears().map(|l| (l.role, l.layer)).collect();
     let gguf_name = |role: Role, layer: usize| {
-        // Falcon's first name is that of a norm which models with one for both branches have not.
+        // Falcon's norms are called otherwise where each of two parallel branches has its own.
         let name = match (role, spec.branches) {
-            (Role::AttentionNorm, Branches::ParallelShared) => family.names_of(Naming::Gguf, role, layer).last(),
+            (Role::AttentionNorm, Branches::ParallelShared | Branches::Sequential) => {
+                family.names_of(Naming::Gguf, role, layer).last()
+            }
+            (Role::MlpNorm, Branches::Parallel) if family.names_itself(Naming::Gguf, role) => {
+                family.names_of(Naming::Gguf, role, layer).nth(1)
+            }
             (Role::Q, _) if spec.latent.as_ref().is_some_and(|l| l.query.is_none()) => {
                 family.names_of(Naming::Gguf, role, layer).last()
             }
@@ -77,7 +82,7 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
         if !packing::parts(role, Packing::Stacked, spec, layer).is_empty() || role.expert().is_some() {
             continue;
         }
-        if layer >= spec.layers.len() {
+        if layer >= spec.layers.len() || family.names_by_head(Naming::HuggingFace, role, layer, 1).is_some() {
             continue;
         }
         let name = gguf_name(role, layer)?;
@@ -89,9 +94,20 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
             source: Source::Tensor { name: info.name.clone(), rows: None, offset: 0.0 },
         });
     }
+    for (layer, weights) in model.layers.iter().enumerate() {
+        for (role, norm, heads) in
+            [(Role::QNorm, &weights.q_norm, spec.heads), (Role::KNorm, &weights.k_norm, spec.kv_heads)]
+        {
+            let norm = norm.as_ref().and_then(|norm| norm.weight.as_ref());
+            if let (Some(norm), Some(_)) = (norm, family.names_by_head(Naming::HuggingFace, role, layer, heads)) {
+                let name = format!("{}.weight", gguf_name(role, layer)?);
+                tensors.push(vector(name, (role, layer), vec![heads, spec.head_dim], &norm.values));
+            }
+        }
+    }
     // What is packed there, gathered under its packed role.
     let mut packed: BTreeMap<(usize, String), (Role, Vec<&Linear>)> = BTreeMap::new();
-    for linear in model.linears().filter(|l| l.role != Role::Head || !spec.tied_head) {
+    for linear in model.linears() {
         let (role, layer) = (linear.role, linear.layer);
         let whole = packing::packed_in(role, spec)
             .filter(|&whole| family.names_itself(Naming::Gguf, whole) || whole == Role::KvLatent);
@@ -111,7 +127,15 @@ fn tensors(checkpoint: &Checkpoint, model: &Model, form: &Gguf) -> Result<Vec<Co
             None => Source::Parts { parts: vec![in_place(checkpoint, linear)?], rows: None },
         };
         let (format, shape) = (weight.format(), vec![weight.rows(), weight.cols()]);
-        tensors.push(Converted { name: format!("{name}.weight"), format, shape, role: Some((role, layer)), source });
+        if role != Role::Head || !spec.tied_head {
+            tensors.push(Converted {
+                name: format!("{name}.weight"),
+                format,
+                shape,
+                role: Some((role, layer)),
+                source,
+            });
+        }
         tensors.extend(
             linear
                 .bias

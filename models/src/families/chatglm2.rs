@@ -57,9 +57,11 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only("post_layer_norm", true)?;
     config.only("apply_residual_connection_post_layernorm", false)?;
     let mut spec = config.decoder_of("chatglm2", &GLM)?;
-    if config.bool_or("multi_query_attention", false)? {
-        spec.kv_heads = config.usize("multi_query_group_num")?;
+    // Without it queries, keys and values are packed head by head; no published model is.
+    if !config.bool_or("multi_query_attention", false)? {
+        return Err(config.error("multi_query_attention = false is not supported"));
     }
+    spec.kv_heads = config.usize("multi_query_group_num")?;
     let all = config.bool_or("add_bias_linear", false)?;
     let qkv = all || config.bool_or("add_qkv_bias", false)?;
     spec.bias = Biases { qkv, output: all, up: all, down: all, head: false };
@@ -85,8 +87,5 @@ fn interpolates(config: &Config<'_>) -> bool {
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    let spec = keys.decoder("chatglm2", RopeLayout::Interleaved)?;
-    let qkv = keys.has_bias(Role::Q) || keys.has_bias(Role::Qkv);
-    let bias = Biases { qkv, output: keys.has_bias(Role::O), ..Biases::default() };
-    Ok(ModelSpec { bias, ..spec })
+    Ok(ModelSpec { bias: keys.biases(), ..keys.decoder("chatglm2", RopeLayout::Interleaved)? })
 }

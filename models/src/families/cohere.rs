@@ -33,6 +33,7 @@ fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("cohere", RopeLayout::Interleaved)?;
     spec.norm.kind = NORM;
     Ok(ModelSpec {
+        bias: keys.biases(),
         branches: Branches::ParallelShared,
         qk_norm: if keys.has(Role::QNorm) { QkNorm::Heads } else { QkNorm::None },
         logit_scale: keys.f32("logit_scale")?,

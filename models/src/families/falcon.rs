@@ -30,13 +30,14 @@ pub(super) static FAMILY: Family = Family {
     ..PLAIN
 };
 
-/// `attn_norm` is the norm of both branches, or the MLP's where attention has one of its own.
+/// `attn_norm` is the norm of both branches, or the MLP's where attention has one of its own, or attention's where the MLP has.
 const GGUF: Gguf = Gguf {
     architecture: "falcon",
     from_keys,
     names: &[
         (Role::AttentionNorm, "blk.{}.attn_norm_2"),
         (Role::AttentionNorm, "blk.{}.attn_norm"),
+        (Role::MlpNorm, "blk.{}.ffn_norm"),
         (Role::MlpNorm, "blk.{}.attn_norm"),
         (Role::Qkv, "blk.{}.attn_qkv"),
     ],
@@ -75,13 +76,17 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let bias = config.bool_or("bias", false)?;
     spec.bias = Biases { qkv: bias, output: bias, up: bias, down: bias, head: false };
     if config.bool_or("alibi", false)? {
-        let mut alibi = Alibi { rounded: Some(spec.attention_scale), ..Alibi::new(spec.heads) };
-        alibi.slopes.iter_mut().for_each(|slope| *slope = half::bf16::from_f32(*slope).to_f32());
-        spec.alibi = Some(alibi);
-        spec.layers.iter_mut().for_each(|layer| layer.rope = None);
-        spec.ropes.clear();
+        use_distances(&mut spec);
     }
     Ok(spec)
+}
+
+fn use_distances(spec: &mut ModelSpec) {
+    let mut alibi = Alibi { rounded: Some(spec.attention_scale), ..Alibi::new(spec.heads) };
+    alibi.slopes.iter_mut().for_each(|slope| *slope = half::bf16::from_f32(*slope).to_f32());
+    spec.alibi = Some(alibi);
+    spec.layers.iter_mut().for_each(|layer| layer.rope = None);
+    spec.ropes.clear();
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
@@ -90,7 +95,12 @@ fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()).for_each(|mlp| mlp.activation = Activation::Gelu);
     spec.branches = match keys.has_tensor("blk.0.attn_norm_2.weight") {
         true => Branches::Parallel,
+        false if keys.has(Role::MlpNorm) => Branches::Sequential,
         false => Branches::ParallelShared,
     };
+    spec.bias = keys.biases();
+    if keys.f32_opt("attention.max_alibi_bias")?.is_some_and(|bias| bias > 0.0) {
+        use_distances(&mut spec);
+    }
     Ok(spec)
 }

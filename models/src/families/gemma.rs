@@ -3,7 +3,7 @@
 
 use super::{ALL, Config, Defaults, FIELDS, Family, Fields, Gguf, Keys, PLAIN, Role};
 use crate::Result;
-use crate::spec::{ModelSpec, Placement, QkNorm, Rope, RopeScaling};
+use crate::spec::{Biases, ModelSpec, Placement, QkNorm, Rope, RopeScaling};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
 pub(super) static FAMILY: Family = Family {
@@ -55,8 +55,9 @@ fn common(mut spec: ModelSpec) -> ModelSpec {
 }
 
 fn with_offset(config: &Config<'_>, fields: &Fields) -> Result<ModelSpec> {
-    config.only("attention_bias", false)?;
+    let bias = config.bool_or("attention_bias", false)?;
     let mut spec = common(config.decoder_of("gemma", fields)?);
+    spec.bias = Biases { qkv: bias, output: bias, ..Biases::default() };
     spec.norm.weight_offset = 1.0;
     Ok(spec)
 }
@@ -73,14 +74,14 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 fn with_four_norms(config: &Config<'_>, family: &'static str, fields: &Fields) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family, placement: Placement::Both, ..with_offset(config, fields)? };
     spec.attention_scale = config.f32_opt("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5);
-    spec.attention_softcap = config.f32_opt("attn_logit_softcapping")?;
     spec.logit_softcap = config.f32_opt("final_logit_softcapping")?;
     Ok(spec)
 }
 
 fn second_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = with_four_norms(config, "gemma2", &GEMMA)?;
-    // What is left out is capped; null is not.
+    // What is left out is capped; null is not. The third generation has the field for attention too, but does not go by it.
+    spec.attention_softcap = config.f32_opt("attn_logit_softcapping")?;
     spec.attention_softcap = spec.attention_softcap.or((!config.has("attn_logit_softcapping")).then_some(50.0));
     spec.logit_softcap = spec.logit_softcap.or((!config.has("final_logit_softcapping")).then_some(30.0));
     config.slide(&mut spec, Some(4096), |layer| layer % 2 == 0)?;
@@ -106,6 +107,7 @@ fn turn_windows(spec: &mut ModelSpec, local: f32) {
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = common(keys.decoder("gemma", RopeLayout::Half)?);
     spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()).for_each(|mlp| mlp.activation = Activation::GeluTanh);
+    spec.bias = keys.biases();
     Ok(spec)
 }
 
@@ -117,23 +119,21 @@ fn scale(spec: &ModelSpec, largest: usize) -> f32 {
 
 fn second_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "gemma2", placement: Placement::Both, ..from_keys(keys)? };
-    spec.attention_scale = scale(&spec, 46);
-    spec.attention_softcap = Some(keys.f32_opt("attn_logit_softcapping")?.unwrap_or(50.0));
-    spec.logit_softcap = Some(keys.f32_opt("final_logit_softcapping")?.unwrap_or(30.0));
-    let window = keys.window()?.or(Some(4096));
-    spec.layers.iter_mut().step_by(2).for_each(|layer| layer.window = window);
+    spec.attention_scale = keys.f32_opt("attention.scale")?.unwrap_or(scale(&spec, 46));
+    // 0 is none.
+    let cap = |name: &str, usual: f32| Ok(Some(keys.f32_opt(name)?.unwrap_or(usual)).filter(|&cap| cap != 0.0));
+    spec.attention_softcap = cap("attn_logit_softcapping", 50.0)?;
+    spec.logit_softcap = cap("final_logit_softcapping", 30.0)?;
+    keys.slide(&mut spec, Some(4096), |layer| layer % 2 == 0)?;
     Ok(spec)
 }
 
 fn third_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let (placement, qk_norm) = (Placement::Both, QkNorm::Head);
     let mut spec = ModelSpec { family: "gemma3", placement, qk_norm, ..from_keys(keys)? };
-    spec.attention_scale = scale(&spec, 62);
+    spec.attention_scale = keys.f32_opt("attention.scale")?.unwrap_or(scale(&spec, 62));
     spec.logit_softcap = keys.f32_opt("final_logit_softcapping")?.filter(|&cap| cap != 0.0);
-    let window = keys.window()?;
-    for (i, layer) in spec.layers.iter_mut().enumerate() {
-        layer.window = window.filter(|_| (i + 1) % 6 != 0);
-    }
+    keys.slide(&mut spec, None, |layer| (layer + 1) % 6 != 0)?;
     turn_windows(&mut spec, keys.f32_opt("rope.freq_base_swa")?.unwrap_or(10000.0));
     Ok(spec)
 }

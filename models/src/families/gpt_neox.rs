@@ -56,7 +56,7 @@ fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("gpt_neox", RopeLayout::Half)?;
     keys.ungated(&mut spec);
     spec.layers.iter_mut().filter_map(|layer| layer.mlp.as_mut()).for_each(|mlp| mlp.activation = Activation::Gelu);
-    spec.bias = Biases { qkv: true, output: true, up: true, down: true, head: false };
+    spec.bias = keys.biases();
     spec.branches = side_by_side(keys.bool_opt("use_parallel_residual")?.unwrap_or(true));
     Ok(spec)
 }

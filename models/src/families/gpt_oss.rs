@@ -62,8 +62,7 @@ fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
             *truncate = false;
         }
     }
-    let window = keys.window()?;
-    spec.layers.iter_mut().step_by(2).for_each(|layer| layer.window = window);
+    keys.slide(&mut spec, None, |layer| layer % 2 == 0)?;
     spec.layers.iter_mut().filter_map(|l| l.mlp.as_mut()).for_each(|mlp| mlp.activation = Activation::ClampedSilu);
     let special = |experts| Experts { routing: Routing::SoftmaxOfChosen, router_bias: true, ..experts };
     keys.mix(&mut spec, |_, experts| special(experts), None)?;

@@ -31,7 +31,7 @@ const GPTJ: Fields = Fields { tied: false, layout: RopeLayout::Interleaved, ..GP
 
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
     let mut spec = config.decoder_of("gptj", &GPTJ)?;
-    spec.bias = Biases { up: true, down: true, head: !spec.tied_head, ..Biases::default() };
+    spec.bias = Biases { up: true, down: true, head: true, ..Biases::default() };
     spec.branches = Branches::ParallelShared;
     spec.ropes[0].dim = config.usize("rotary_dim")?;
     Ok(spec)

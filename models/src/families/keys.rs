@@ -7,6 +7,17 @@ use crate::spec::{Biases, Experts, Mlp, ModelSpec, Norm, NormKind, Rope, RopeSca
 use crate::{Error, Result};
 use rushlight_quant::ops::{Activation, RopeLayout};
 
+/// The key of the nonlinearity of the MLP.
+pub const ACTIVATION: &str = "hidden_activation";
+
+/// Its values.
+pub const ACTIVATIONS: &[(&str, Activation)] = &[
+    ("silu", Activation::Silu),
+    ("gelu", Activation::Gelu),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("relu", Activation::Relu),
+];
+
 /// The metadata of a GGUF file under its architecture's prefix.
 pub struct Keys<'a> {
     checkpoint: &'a Checkpoint,
@@ -169,6 +180,44 @@ impl<'a> Keys<'a> {
     /// The attention window, where there is one.
     pub fn window(&self) -> Result<Option<usize>> {
         Ok(self.usize_opt("attention.sliding_window")?.filter(|&n| n > 0))
+    }
+
+    /// Sets the attention window of every layer: where the pattern says so or else where `slides` does. `absent` stands for
+    /// a window that the file does not give.
+    pub fn slide(&self, spec: &mut ModelSpec, absent: Option<usize>, slides: impl Fn(usize) -> bool) -> Result<()> {
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let window = self.window()?.or(absent);
+        let wrong = || self.error(format!("{} does not fit {} layers", self.key(PATTERN), spec.layers.len()));
+        // A list with a place for each layer, or how far those are apart that see everything.
+        let pattern: Option<Vec<bool>> = match self.metadata.array(&self.key(PATTERN)) {
+            Some(list) => Some(list.ints().map(|n| n != 0).collect()),
+            None => self.usize_opt(PATTERN)?.map(|n| (1..=spec.layers.len()).map(|i| n == 0 || i % n != 0).collect()),
+        };
+        if pattern.as_ref().is_some_and(|pattern| pattern.len() != spec.layers.len()) {
+            return Err(wrong());
+        }
+        for (i, layer) in spec.layers.iter_mut().enumerate() {
+            layer.window = window.filter(|_| pattern.as_ref().map_or_else(|| slides(i), |pattern| pattern[i]));
+        }
+        Ok(())
+    }
+
+    /// Reads what a file may say that its architecture would otherwise imply.
+    pub fn depart(&self, spec: &mut ModelSpec) -> Result<()> {
+        let named = match self.str_opt(ACTIVATION)? {
+            None => return Ok(()),
+            Some(name) => ACTIVATIONS.iter().find(|(n, _)| *n == name).ok_or_else(|| {
+                self.error(format!("the activation {} = '{name}' is not supported", self.key(ACTIVATION)))
+            })?,
+        };
+        for layer in &mut spec.layers {
+            layer
+                .mlp
+                .iter_mut()
+                .chain(layer.experts.as_mut().map(|e| &mut e.mlp))
+                .for_each(|mlp| mlp.activation = named.1);
+        }
+        Ok(())
     }
 
     /// The rotary embedding that the usual keys describe.

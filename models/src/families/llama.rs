@@ -26,8 +26,7 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("llama", RopeLayout::Interleaved)?;
     spec.bias = keys.biases();
-    let window = keys.window()?;
-    spec.layers.iter_mut().for_each(|layer| layer.window = window);
+    keys.slide(&mut spec, None, |_| true)?;
     if keys.usize_opt("expert_count")?.is_some_and(|n| n > 0) {
         keys.mix(&mut spec, |_, experts| Experts { renormalise: true, ..experts }, None)?;
     }

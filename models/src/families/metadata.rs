@@ -5,10 +5,12 @@
 //! here, not in the output of a model that reads its file wrongly.
 
 use super::config::yarn_attention;
+use super::keys::{ACTIVATION, ACTIVATIONS};
 use super::{Gguf, Keys};
 use crate::checkpoint::{Array, Checkpoint, Metadata, TensorInfo, Value};
 use crate::spec::{Biases, Branches, LayerSpec, ModelSpec, NormKind, QkNorm, Rope, RopeScaling, Routing};
 use crate::{Error, Result};
+use rushlight_quant::ops::Activation;
 use std::path::Path;
 
 /// What a GGUF file of a model says of it.
@@ -53,12 +55,12 @@ const OPTIONAL: &[Optional] = &[
     Optional {
         same: |a, b| a.attention_softcap == b.attention_softcap,
         key: "attn_logit_softcapping",
-        values: |s| s.attention_softcap.map(float).into_iter().collect(),
+        values: |s| vec![float(s.attention_softcap.unwrap_or(0.0))],
     },
     Optional {
         same: |a, b| a.logit_softcap == b.logit_softcap,
         key: "final_logit_softcapping",
-        values: |s| s.logit_softcap.map(float).into_iter().collect(),
+        values: |s| vec![float(s.logit_softcap.unwrap_or(0.0))],
     },
     Optional {
         same: |a, b| a.clip_qkv == b.clip_qkv,
@@ -80,6 +82,19 @@ const OPTIONAL: &[Optional] = &[
         },
     },
     Optional {
+        same: |a, b| activations(a).eq(activations(b)),
+        key: ACTIVATION,
+        values: |s| {
+            let names = ACTIVATIONS.iter().filter(|(_, activation)| activations(s).any(|a| a == *activation));
+            names.map(|(name, _)| Value::String((*name).into())).collect()
+        },
+    },
+    Optional {
+        same: |a, b| renormalises(a).eq(renormalises(b)),
+        key: "expert_weights_norm",
+        values: |s| renormalises(s).take(1).map(Value::Bool).collect(),
+    },
+    Optional {
         same: |a, b| a.embedding_scale == b.embedding_scale,
         key: "embedding_scale",
         values: |s| vec![float(s.embedding_scale)],
@@ -95,6 +110,14 @@ const OPTIONAL: &[Optional] = &[
         // Architectures differ in whether logits are multiplied or divided by it.
         values: |s| vec![float(s.logit_scale), float(1.0 / s.logit_scale)],
     },
+];
+
+/// Keys that llama.cpp looks for in some architectures alone, what they say, and those.
+const IMPLIED: &[(&str, &str, &[&str])] = &[
+    ("attention.scale", "scale of attention", &["granite"]),
+    ("attention.sliding_window_pattern", "attention windows", &["gemma3"]),
+    ("expert_weights_norm", "weights of experts", &["deepseek2"]),
+    (ACTIVATION, "activation", &[]),
 ];
 
 /// What a file of the architecture `form` with `tensors` says of the model `spec`; `path` is for messages only.
@@ -114,7 +137,7 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
         metadata.0.insert(key(name), value);
     }
     let read = |metadata: &Metadata| {
-        let mut read = (form.from_keys)(&Keys::new(&file, metadata, form.architecture))?;
+        let mut read = form.read(&Keys::new(&file, metadata, form.architecture))?;
         let meant = as_read(spec, &read);
         // Products and quotients of one factor differ in the last bit.
         for (rope, meant) in read.ropes.iter_mut().zip(&meant.ropes) {
@@ -139,6 +162,19 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
                 break;
             }
             metadata.0.remove(&key(name));
+        }
+    }
+    // Readers that know the pattern know the window only with it.
+    let sliding = |metadata: &Metadata| read(metadata).map(|(meant, has)| windows(&meant).eq(windows(&has)));
+    if let Some(window) = windows(spec).flatten().next()
+        && !sliding(&metadata)?
+    {
+        let mut with = metadata.clone();
+        let pattern = Array::of_bool(windows(spec).map(|w| w.is_some()));
+        with.0.insert(key("attention.sliding_window"), Value::Unsigned(window as u64));
+        with.0.insert(key("attention.sliding_window_pattern"), Value::Array(pattern));
+        if sliding(&with)? {
+            metadata = with;
         }
     }
     let (mut meant, read) = read(&metadata)?;
@@ -178,6 +214,17 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
             "llama.cpp knows no attention window for this architecture: texts longer than {window} tokens it reads otherwise"
         ));
     }
+    let usual = (form.from_keys)(&Keys::new(&file, &metadata, form.architecture))?;
+    for (name, what, known) in IMPLIED {
+        // llama.cpp has one GELU for both kinds.
+        let gelu = |s: &ModelSpec| activations(s).all(|a| matches!(a, Activation::Gelu | Activation::GeluTanh));
+        let same = *name == ACTIVATION && gelu(spec) && gelu(&usual);
+        if metadata.get(&key(name)).is_some() && !known.contains(&form.architecture) && !same {
+            notes.push(format!(
+                "llama.cpp reads this file otherwise: it takes the {what} that is usual for the architecture"
+            ));
+        }
+    }
     notes.extend(unread(spec, form.architecture).map(|why| format!("llama.cpp does not read this file: it {why}")));
     match difference(&meant, &read) {
         Some(what) => Err(impossible(what)),
@@ -201,7 +248,19 @@ fn unread(spec: &ModelSpec, architecture: &str) -> Option<&'static str> {
         "qwen2moe" | "qwen3moe" if spec.layers.iter().any(|l| l.experts.is_none()) => {
             Some("takes all layers to have experts")
         }
-        "ernie4_5" | "internlm2" if spec.bias != Biases::default() => Some("knows no biases in this architecture"),
+        "ernie4_5" | "internlm2" | "qwen3" | "qwen3moe" | "olmo" | "olmo2" | "smollm3" | "command-r" | "gemma"
+        | "gemma2" | "gemma3" | "falcon"
+            if spec.bias != Biases::default() =>
+        {
+            Some("knows no biases in this architecture")
+        }
+        "phi2" if spec.tied_head => Some("looks for a head of its own"),
+        "gemma2" if spec.attention_softcap.is_none() || spec.logit_softcap.is_none() => {
+            Some("takes scores and logits to be capped")
+        }
+        "falcon" if spec.branches == Branches::Sequential || spec.alibi.is_some() => {
+            Some("knows Falcon only with rotary positions and both branches side by side")
+        }
         _ => None,
     }
 }
@@ -409,6 +468,16 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
     let mut rest = a.clone();
     rest.logit_scale = b.logit_scale;
     found.or((rest != *b).then_some("shape"))
+}
+
+fn activations(spec: &ModelSpec) -> impl Iterator<Item = Activation> {
+    let of =
+        |layer: &LayerSpec| layer.experts.as_ref().map(|e| &e.mlp).or(layer.mlp.as_ref()).map(|mlp| mlp.activation);
+    spec.layers.iter().filter_map(of)
+}
+
+fn renormalises(spec: &ModelSpec) -> impl Iterator<Item = bool> {
+    spec.layers.iter().filter_map(|layer| layer.experts.as_ref().map(|e| e.renormalise))
 }
 
 fn windows(spec: &ModelSpec) -> impl Iterator<Item = Option<usize>> {

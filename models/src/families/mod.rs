@@ -132,7 +132,7 @@ impl Role {
 }
 
 /// Names of tensors without `.weight` or `.bias`; `{}` stands for the layer. Experts (here number 0) have a second one for
-/// their number, or none where one tensor holds them all.
+/// their number, or none where one tensor holds them all; vectors that are held head by head have one for the head.
 pub type Names = &'static [(Role, &'static str)];
 
 /// Whose names a checkpoint uses.
@@ -214,6 +214,15 @@ pub struct Gguf {
     pub reordered: bool,
 }
 
+impl Gguf {
+    /// Reads the metadata of a file of the architecture.
+    fn read(&self, keys: &Keys<'_>) -> Result<ModelSpec> {
+        let mut spec = (self.from_keys)(keys)?;
+        keys.depart(&mut spec)?;
+        Ok(spec)
+    }
+}
+
 /// Every family, in the order they are listed to people.
 pub static FAMILIES: &[&Family] = &[
     &llama::FAMILY,
@@ -267,11 +276,17 @@ impl Family {
         let patterns = self.patterns(naming).filter(move |(r, _)| *r == role.of_expert(0));
         patterns.map(move |(_, pattern)| {
             let name = pattern.replacen("{}", &layer.to_string(), 1);
-            match role.expert() {
-                Some(expert) => name.replacen("{}", &expert.to_string(), 1),
-                None => name,
-            }
+            // What is held head by head goes by the name of the first.
+            name.replacen("{}", &role.expert().unwrap_or(0).to_string(), 1)
         })
+    }
+
+    /// The names of the parts of a vector of `heads` that files hold head by head; `None` where they hold it in one.
+    pub fn names_by_head(&self, naming: Naming, role: Role, layer: usize, heads: usize) -> Option<Vec<String>> {
+        let (_, pattern) = self.patterns(naming).find(|(r, _)| *r == role)?;
+        let name = pattern.replacen("{}", &layer.to_string(), 1);
+        let by_head = role.expert().is_none() && name.contains("{}");
+        by_head.then(|| (0..heads).map(|head| name.replacen("{}", &head.to_string(), 1)).collect())
     }
 
     /// Whether the family has a name of its own for `role`.
@@ -528,7 +543,7 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 });
                 unknown(checkpoint, name, &known)
             })?;
-            Ok((family, (form.from_keys)(&Keys::new(checkpoint, metadata, name))?))
+            Ok((family, form.read(&Keys::new(checkpoint, metadata, name))?))
         }
         Kind::HuggingFace { config, .. } => {
             let path = checkpoint.path().join("config.json");

@@ -51,10 +51,11 @@ fn behind(spec: ModelSpec) -> ModelSpec {
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("olmo", RopeLayout::Interleaved)?;
     spec.norm.kind = BARE;
+    spec.bias = keys.biases();
     spec.clip_qkv = keys.f32_opt("attention.clamp_kqv")?.filter(|&limit| limit > 0.0);
     Ok(spec)
 }
 
 fn second_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    Ok(behind(keys.decoder("olmo2", RopeLayout::Half)?))
+    Ok(behind(ModelSpec { bias: keys.biases(), ..keys.decoder("olmo2", RopeLayout::Half)? }))
 }

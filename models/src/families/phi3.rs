@@ -29,7 +29,6 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("phi3", RopeLayout::Half)?;
-    let window = keys.window()?;
-    spec.layers.iter_mut().for_each(|layer| layer.window = window);
+    keys.slide(&mut spec, None, |_| true)?;
     Ok(spec)
 }

@@ -28,5 +28,7 @@ pub(super) fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 }
 
 pub(super) fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    Ok(ModelSpec { bias: BIAS, ..keys.decoder("qwen2", RopeLayout::Half)? })
+    let mut spec = ModelSpec { bias: BIAS, ..keys.decoder("qwen2", RopeLayout::Half)? };
+    keys.slide(&mut spec, None, |_| false)?;
+    Ok(spec)
 }

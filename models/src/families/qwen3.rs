@@ -26,5 +26,8 @@ pub(super) fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 }
 
 pub(super) fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    Ok(ModelSpec { qk_norm: QkNorm::Head, ..keys.decoder("qwen3", RopeLayout::Half)? })
+    let decoder = keys.decoder("qwen3", RopeLayout::Half)?;
+    let mut spec = ModelSpec { qk_norm: QkNorm::Head, bias: keys.biases(), ..decoder };
+    keys.slide(&mut spec, None, |_| false)?;
+    Ok(spec)
 }

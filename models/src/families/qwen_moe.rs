@@ -79,13 +79,16 @@ fn qwen3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
 
 fn qwen2_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "qwen2_moe", ..qwen2::from_keys(keys)? };
+    spec.bias.qkv = keys.has_bias(Role::Q);
     let shared = keys.usize("expert_shared_feed_forward_length")?;
-    keys.mix(&mut spec, |_, experts| Experts { shared_gate: true, ..experts }, Some(shared))?;
+    let renormalise = keys.bool_opt("expert_weights_norm")?.unwrap_or(false);
+    keys.mix(&mut spec, |_, experts| Experts { shared_gate: true, renormalise, ..experts }, Some(shared))?;
     Ok(spec)
 }
 
 fn qwen3_from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = ModelSpec { family: "qwen3_moe", ..qwen3::from_keys(keys)? };
-    keys.mix(&mut spec, |_, experts| Experts { renormalise: true, ..experts }, None)?;
+    let renormalise = keys.bool_opt("expert_weights_norm")?.unwrap_or(true);
+    keys.mix(&mut spec, |_, experts| Experts { renormalise, ..experts }, None)?;
     Ok(spec)
 }

@@ -40,6 +40,8 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("smollm3", RopeLayout::Interleaved)?;
+    spec.bias = keys.biases();
     spec.layers.iter_mut().skip(3).step_by(4).for_each(|layer| layer.rope = None);
+    keys.slide(&mut spec, None, |_| false)?;
     Ok(spec)
 }

@@ -1,8 +1,8 @@
-//! StableLM: llama with layer norms, a part of each head rotated.
+//! StableLM: llama with layer norms, a part of each head rotated; the 12B model norms queries and keys, each head by itself.
 
 use super::{Config, FIELDS, Family, Fields, Gguf, Keys, LAYER_NORM, PLAIN, Role};
 use crate::Result;
-use crate::spec::{Biases, Branches, ModelSpec};
+use crate::spec::{Biases, Branches, ModelSpec, QkNorm};
 use rushlight_quant::ops::RopeLayout;
 
 pub(super) static FAMILY: Family = Family {
@@ -10,6 +10,10 @@ pub(super) static FAMILY: Family = Family {
     model_types: &["stablelm"],
     architectures: &["StableLmForCausalLM"],
     from_config,
+    names: &[
+        (Role::QNorm, "model.layers.{}.self_attn.q_layernorm.norms.{}"),
+        (Role::KNorm, "model.layers.{}.self_attn.k_layernorm.norms.{}"),
+    ],
     gguf: Some(Gguf { architecture: "stablelm", from_keys, names: &[], reordered: false }),
     ..PLAIN
 };
@@ -20,18 +24,20 @@ fn side_by_side(parallel: bool) -> Branches {
     if parallel { Branches::ParallelShared } else { Branches::Sequential }
 }
 
+fn normed(heads: bool) -> QkNorm {
+    if heads { QkNorm::Heads } else { QkNorm::None }
+}
+
 fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
-    config.only("qk_layernorm", false)?;
     let bias = Biases { qkv: config.bool_or("use_qkv_bias", false)?, ..Biases::default() };
     let branches = side_by_side(config.bool_or("use_parallel_residual", false)?);
-    Ok(ModelSpec { bias, branches, ..config.decoder_of("stablelm", &STABLELM)? })
+    let qk_norm = normed(config.bool_or("qk_layernorm", false)?);
+    Ok(ModelSpec { bias, branches, qk_norm, ..config.decoder_of("stablelm", &STABLELM)? })
 }
 
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
-    if keys.has(Role::QNorm) {
-        return Err(keys.error("StableLM with normed queries is not supported"));
-    }
     let bias = Biases { qkv: keys.has_bias(Role::Q), ..Biases::default() };
     let branches = side_by_side(!keys.has(Role::MlpNorm));
-    Ok(ModelSpec { bias, branches, ..keys.decoder("stablelm", RopeLayout::Half)? })
+    let qk_norm = normed(keys.has(Role::QNorm));
+    Ok(ModelSpec { bias, branches, qk_norm, ..keys.decoder("stablelm", RopeLayout::Half)? })
 }

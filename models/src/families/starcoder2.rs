@@ -28,8 +28,7 @@ fn from_config(config: &Config<'_>) -> Result<ModelSpec> {
 fn from_keys(keys: &Keys<'_>) -> Result<ModelSpec> {
     let mut spec = keys.decoder("starcoder2", RopeLayout::Half)?;
     keys.ungated(&mut spec);
-    let window = keys.window()?;
-    spec.layers.iter_mut().for_each(|layer| layer.window = window);
+    keys.slide(&mut spec, None, |_| true)?;
     spec.bias = keys.biases();
     Ok(spec)
 }

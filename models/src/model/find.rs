@@ -42,15 +42,14 @@ impl<'a> Finder<'a> {
         let embedding_norm = spec.embedding_norm.then(|| self.norm(Role::EmbeddingNorm, 0, &spec.norm, &[hidden]));
         let final_norm = self.norm(Role::FinalNorm, 0, &spec.norm, &[hidden]);
         let head = match (spec.tied_head, &embedding) {
-            (true, Some(table)) => Some(Linear {
-                id: table.id,
-                role: Role::Head,
-                layer: 0,
-                weight: table.weight.clone(),
-                bias: None,
-                adapters: Vec::new(),
-                replacement: None,
-            }),
+            (true, Some(table)) => {
+                // Its weight alone is the embedding's.
+                let name = self.stored(&self.name(Role::Head, 0), ".bias", "_bias");
+                let bias = all_or_none(spec.bias.head.then(|| self.vector(&name, &[vocab])));
+                let (id, weight) = (table.id, table.weight.clone());
+                let (role, layer, adapters, replacement) = (Role::Head, 0, Vec::new(), None);
+                bias.map(|bias| Linear { id, role, layer, weight, bias, adapters, replacement })
+            }
             (true, None) => None,
             (false, _) => self.linear(Role::Head, 0, &spec, vocab, hidden, spec.bias.head),
         };
@@ -128,8 +127,18 @@ impl<'a> Finder<'a> {
             QkNorm::Heads => (&[spec.heads, spec.head_dim], &[spec.kv_heads, spec.head_dim]),
             QkNorm::Head | QkNorm::None => (&[spec.head_dim], &[spec.head_dim]),
         };
-        let q_norm = norm(self, spec.qk_norm != QkNorm::None, Role::QNorm, q_shape);
-        let k_norm = norm(self, spec.qk_norm != QkNorm::None, Role::KNorm, k_shape);
+        // Norms of each head by itself have no bias, though others may.
+        let qk_norm = match (spec.qk_norm, spec.norm.kind) {
+            (QkNorm::Heads, NormKind::Layer { .. }) => {
+                Norm { kind: NormKind::Layer { weight: true, bias: false }, ..spec.norm }
+            }
+            _ => spec.norm,
+        };
+        let mut qk = |role, shape: &[usize]| match spec.qk_norm {
+            QkNorm::None => Some(None),
+            _ => self.norm(role, i, &qk_norm, shape).map(Some),
+        };
+        let (q_norm, k_norm) = (qk(Role::QNorm, q_shape), qk(Role::KNorm, k_shape));
         let (q_from, k_rows, v_rows) = match &spec.latent {
             Some(latent) => (latent.query.unwrap_or(hidden), latent.rotated, latent.kv),
             None => (hidden, kv_width, spec.value_width()),
@@ -140,7 +149,7 @@ impl<'a> Finder<'a> {
         let k = self.linear(Role::K, i, spec, k_rows, hidden, spec.bias.qkv);
         let v = self.linear(Role::V, i, spec, v_rows, hidden, spec.bias.qkv);
         let o = self.linear(Role::O, i, spec, hidden, spec.heads * spec.value_dim, spec.bias.output);
-        let sinks = spec.sinks.then(|| self.vector(&self.name(Role::Sinks, i), &[spec.heads]));
+        let sinks = spec.sinks.then(|| self.vector(&self.filed(self.name(Role::Sinks, i)), &[spec.heads]));
         let layer = &spec.layers[i];
         let mlp = layer.mlp.as_ref().map(|mlp| {
             let roles = match layer.experts {
@@ -208,7 +217,8 @@ impl<'a> Finder<'a> {
 
     fn experts(&mut self, i: usize, spec: &ModelSpec, experts: &Experts) -> Option<ExpertWeights> {
         let router = self.linear(Role::Router, i, spec, experts.count, spec.hidden_size, experts.router_bias);
-        let choice_bias = experts.choice_bias.then(|| self.vector(&self.name(Role::ChoiceBias, i), &[experts.count]));
+        let choice_bias =
+            experts.choice_bias.then(|| self.vector(&self.filed(self.name(Role::ChoiceBias, i)), &[experts.count]));
         let shared_gate =
             experts.shared_gate.then(|| self.linear(Role::SharedRouter, i, spec, 1, spec.hidden_size, false));
         let each: Vec<_> = (0..experts.count)
@@ -354,7 +364,10 @@ impl<'a> Finder<'a> {
             NormKind::Rms => (true, false),
             NormKind::Layer { weight, bias } => (weight, bias),
         };
-        let weight = weight.then(|| self.vector(&self.filed(format!("{name}.weight")), shape));
+        let weight = weight.then(|| match self.family.names_by_head(self.naming, role, layer, shape[0]) {
+            Some(names) => self.by_head(&names, &shape[1..]),
+            None => self.vector(&self.filed(format!("{name}.weight")), shape),
+        });
         let bias = bias.then(|| self.vector(&self.filed(format!("{name}.bias")), shape));
         Some(NormWeights { weight: all_or_none(weight)?, bias: all_or_none(bias)? })
     }
@@ -363,6 +376,14 @@ impl<'a> Finder<'a> {
         let place = Place { name: self.name(role, 0), rows, part: None, expert: None, transposed: false };
         let (id, weight) = self.matrix(&place, cols)?;
         Some(Table { id, weight, replacement: None })
+    }
+
+    /// A vector of which each head has its part under a name of its own.
+    fn by_head(&mut self, names: &[String], shape: &[usize]) -> Option<Vector> {
+        let parts: Vec<_> =
+            names.iter().map(|name| self.vector(&self.filed(format!("{name}.weight")), shape)).collect();
+        let parts = parts.into_iter().collect::<Option<Vec<Vector>>>()?;
+        Some(Vector { id: parts.first()?.id, values: parts.into_iter().flat_map(|part| part.values).collect() })
     }
 
     fn vector(&mut self, name: &str, shape: &[usize]) -> Option<Vector> {

@@ -123,18 +123,20 @@ impl Weight {
         Weight::new(self.format, self.cols, self.rows, Bytes::new(data))
     }
 
-    /// A copy whose rows are divided by their length, stored alike; `None` for formats that are not floating point.
+    /// A copy in 32 bits whose rows are divided by their length: what 16 bits hold exactly they no longer do then. `None`
+    /// for formats that are not floating point.
     pub(super) fn normalised(&self) -> Option<Weight> {
+        if !self.format.is_float() {
+            return None;
+        }
         let mut row = vec![0.0f32; self.cols];
-        let mut data = Vec::with_capacity(self.data.len());
+        let mut data = Vec::with_capacity(4 * self.rows * self.cols);
         for r in 0..self.rows {
             self.decode_row(r, &mut row);
             let length = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt().max(1e-12);
-            for x in &row {
-                encode(self.format, (f64::from(*x) / length) as f32, &mut data)?;
-            }
+            row.iter().for_each(|x| data.extend(((f64::from(*x) / length) as f32).to_le_bytes()));
         }
-        Weight::new(self.format, self.rows, self.cols, Bytes::new(data))
+        Weight::new(Format::F32, self.rows, self.cols, Bytes::new(data))
     }
 
     /// For each of `heads` the columns of `keys` as rows, then the rows of `values`: `[heads * inputs, width]` and
@@ -190,4 +192,22 @@ fn encode(format: Format, x: f32, data: &mut Vec<u8>) -> Option<()> {
         _ => return None,
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_in_16_bits_are_normalised_in_32() {
+        let values = [0.3f32, -1.7, 0.011, 5.1, 0.0, 0.0, 0.0, 0.0];
+        let data: Vec<u8> = values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect();
+        let weight = Weight::new(Format::BF16, 2, 4, Bytes::new(data)).unwrap();
+        let (plain, normed) = (weight.values(), weight.normalised().unwrap().values());
+        let length = plain[..4].iter().map(|x| x * x).sum::<f32>().sqrt();
+        for (got, x) in normed[..4].iter().zip(&plain) {
+            assert!((got - x / length).abs() < 1e-7, "{normed:?}");
+        }
+        assert_eq!(normed[4..], [0.0; 4]);
+    }
 }

@@ -93,14 +93,14 @@ fn changes<'a>(source: &Checkpoint, model: &'a Model) -> Result<HashMap<String, 
     };
     for linear in model.linears() {
         let (role, layer) = (linear.role, linear.layer);
-        if role == Role::Head && spec.tied_head {
-            continue;
-        }
+        let tied = role == Role::Head && spec.tied_head;
         let missing = || Error::file(source.path(), format!("{role:?} of layer {layer} has no place in it"));
-        let (name, whole, rows) = place(role, layer, &[".weight", ""]).ok_or_else(missing)?;
-        let (expert, transposed) = (expert(model, whole), family.is_transposed(naming, whole));
-        let change = Change::Matrix { weight: linear.weight(), rows, expert, transposed };
-        changes.entry(name).or_default().push(change);
+        if !tied {
+            let (name, whole, rows) = place(role, layer, &[".weight", ""]).ok_or_else(missing)?;
+            let (expert, transposed) = (expert(model, whole), family.is_transposed(naming, whole));
+            let change = Change::Matrix { weight: linear.weight(), rows, expert, transposed };
+            changes.entry(name).or_default().push(change);
+        }
         if let Some(bias) = &linear.bias {
             let (name, whole, rows) = place(role, layer, &[".bias", "_bias"]).ok_or_else(missing)?;
             let first = self::expert(model, whole) * rows_of(model, whole, linear);
@@ -115,6 +115,14 @@ fn changes<'a>(source: &Checkpoint, model: &'a Model) -> Result<HashMap<String, 
         }
     }
     for (role, layer, norm) in norms(model) {
+        let heads = if role == Role::QNorm { spec.heads } else { spec.kv_heads };
+        if let (Some(names), Some(weight)) = (family.names_by_head(naming, role, layer, heads), &norm.weight) {
+            for (name, values) in names.iter().zip(weight.values.chunks(spec.head_dim)) {
+                let change = Change::Vector { values, rows: None, first: 0 };
+                changes.entry(format!("{name}.weight")).or_default().push(change);
+            }
+            continue;
+        }
         for (vector, end) in [(&norm.weight, ".weight"), (&norm.bias, ".bias")] {
             if let (Some(vector), Some(name)) = (vector, find(role, layer, &[end])) {
                 let change = Change::Vector { values: &vector.values, rows: None, first: 0 };
