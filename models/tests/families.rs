@@ -362,3 +362,79 @@ fn no_two_families_answer_to_one_name() {
         }
     }
 }
+
+/// The fixture `name` as the language model of one of text and images, its tensors called `place` and what they are
+/// called alone without `without` at the beginning.
+fn wrapped(name: &str, dir: &Path, place: &str, without: &str) {
+    let source = fixture(name);
+    let file = std::fs::read(source.join("model.safetensors")).unwrap();
+    let start = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Json = serde_json::from_slice(&file[8..start]).unwrap();
+    let mut tensors = serde_json::Map::new();
+    for (name, tensor) in header.as_object().unwrap().iter().filter(|(name, _)| *name != "__metadata__") {
+        let alone = name.strip_prefix(without).map_or(name.clone(), |rest| format!("{place}{rest}"));
+        tensors.insert(alone, tensor.clone());
+    }
+    let end = file.len() - start;
+    for (i, other) in
+        ["vision_tower.vision_model.embeddings.weight", "multi_modal_projector.norm.weight"].iter().enumerate()
+    {
+        let offsets = [end + 8 * i, end + 8 * (i + 1)];
+        tensors.insert((*other).into(), json!({"dtype": "F32", "shape": [2], "data_offsets": offsets}));
+    }
+    let header = Json::from(tensors).to_string();
+    let data = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &file[start..], &[0; 16]].concat();
+    std::fs::write(dir.join("model.safetensors"), data).unwrap();
+    let mut text: Json = serde_json::from_slice(&std::fs::read(source.join("config.json")).unwrap()).unwrap();
+    let tied = text.as_object_mut().unwrap().remove("tie_word_embeddings");
+    let config = json!({
+        "model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": text,
+        "vision_config": {"model_type": "pixtral"}, "tie_word_embeddings": tied, "image_token_index": 10,
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn a_language_model_is_found_among_what_sees_images() {
+    let alone = load("mistral", json!({})).unwrap();
+    for (place, without) in [("language_model.", ""), ("model.language_model.", "model.")] {
+        let dir = tempfile::tempdir().unwrap();
+        wrapped("mistral", dir.path(), place, without);
+        let model = Model::load(&Checkpoint::open(dir.path()).unwrap()).unwrap();
+        assert_eq!(model.spec, alone.spec);
+        let weights = |m: &Model| m.linears().map(|l| l.weight.data().to_vec()).collect::<Vec<_>>();
+        assert!(weights(&model) == weights(&alone), "{place}");
+    }
+    // What is neither the language model's nor known to belong to the images is still too much.
+    let dir = tempfile::tempdir().unwrap();
+    wrapped("mistral", dir.path(), "speech.", "");
+    let error = Model::load(&Checkpoint::open(dir.path()).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight"), "{error}");
+}
+
+#[test]
+fn gemma_3_may_leave_out_what_its_code_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    // As published with the 4B model, but shallow.
+    let text = json!({"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 6,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024});
+    let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+        "boi_token_index": 255_999, "eos_token_id": [1, 106], "vision_config": {"hidden_size": 1152}});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let empty = json!({}).to_string();
+    let file = [&(empty.len() as u64).to_le_bytes()[..], empty.as_bytes()].concat();
+    std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let (family, spec) = rushlight_models::families::recognise(&checkpoint).unwrap();
+    assert_eq!(
+        (family.name, spec.heads, spec.kv_heads, spec.head_dim, spec.vocab_size),
+        ("gemma3", 8, 4, 256, 262_208)
+    );
+    assert_eq!((spec.context_length, spec.tied_head, spec.norm.eps), (131_072, true, 1e-6));
+    assert_eq!(spec.ropes[0].scaling, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!((spec.ropes[1].scaling.clone(), spec.ropes[1].theta), (RopeScaling::None, 10000.0));
+    assert_eq!(
+        spec.layers.iter().map(|l| l.window.is_some()).collect::<Vec<_>>(),
+        [true, true, true, true, true, false]
+    );
+}

@@ -1,7 +1,7 @@
 //! Hugging Face model directories: `config.json` and safetensors, or else PyTorch's own files, whole or in shards with an
 //! index.
 
-use super::{Checkpoint, Kind, RawTensor, Tensor, index_by_name, prequantized, pytorch, safetensors};
+use super::{Checkpoint, Kind, RawTensor, Tensor, index_by_name, multimodal, prequantized, pytorch, safetensors};
 use crate::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
@@ -24,19 +24,23 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     if !config_path.exists() {
         return Err(Error::file(dir, without_config(dir)));
     }
-    let config = read_config(&config_path)?;
+    let mut config = read_config(&config_path)?;
     let generation_path = dir.join("generation_config.json");
     let generation_config = if generation_path.exists() { Some(read_config(&generation_path)?) } else { None };
 
+    let wrapped = multimodal::unwrap(&mut config);
     let quantization = prequantized::describe(dir, &config)?;
     let safetensors = |path: &Path| safetensors::open(path).map(|file| (file.tensors, file.raw));
     let pytorch = |path: &Path| pytorch::open(path).map(|file| (file.tensors, file.raw));
-    let files = match read_files(dir, "model.safetensors", &safetensors)? {
+    let mut files = match read_files(dir, "model.safetensors", &safetensors)? {
         Some(files) => files,
         None => {
             read_files(dir, "pytorch_model.bin", &pytorch)?.ok_or_else(|| Error::file(dir, without_weights(dir)))?
         }
     };
+    if wrapped {
+        files.iter_mut().for_each(multimodal::keep_text);
+    }
     let checkpoint = Checkpoint::new(dir, Kind::HuggingFace { config, generation_config }, files)?;
     match quantization {
         Some(method) => prequantized::resolve(checkpoint, &method),
@@ -45,7 +49,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
 }
 
 /// The tensors of one file.
-type Contents = (Vec<Tensor>, Vec<RawTensor>);
+pub(super) type Contents = (Vec<Tensor>, Vec<RawTensor>);
 
 /// What the file `name` holds, or the shards that its index lists; `None` where neither is there.
 fn read_files(dir: &Path, name: &str, open: &dyn Fn(&Path) -> Result<Contents>) -> Result<Option<Vec<Contents>>> {

@@ -13,6 +13,7 @@ pub mod huggingface;
 pub mod imatrix;
 mod map;
 mod metadata;
+mod multimodal;
 mod mxfp4;
 mod prequantized;
 pub mod pytorch;
