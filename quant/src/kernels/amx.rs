@@ -18,21 +18,34 @@ use std::sync::OnceLock;
 /// Whether processor and system have AMX bf16. The first call asks Linux for the permission that it grants a process.
 pub(super) fn available() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| {
-        let leaf1 = __cpuid(1);
-        if leaf1.ecx & (1 << 27) == 0 || __cpuid(0).eax < 7 {
-            return false;
-        }
-        // SAFETY: OSXSAVE, tested above, means that XGETBV is there.
-        let enabled = unsafe { read_xcr0() };
-        let leaf7 = __cpuid_count(7, 0);
-        let (bf16, tiles) = (1 << 22, 1 << 24);
-        let vector_bf16 = is_x86_feature_detected!("avx512bf16");
-        if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !vector_bf16 {
-            return false;
-        }
-        ask_permission()
-    })
+    *ANSWER.get_or_init(|| on_this_machine() || emulated())
+}
+
+fn on_this_machine() -> bool {
+    let leaf1 = __cpuid(1);
+    if leaf1.ecx & (1 << 27) == 0 || __cpuid(0).eax < 7 {
+        return false;
+    }
+    // SAFETY: OSXSAVE, tested above, means that XGETBV is there.
+    let enabled = unsafe { read_xcr0() };
+    let leaf7 = __cpuid_count(7, 0);
+    let (bf16, tiles) = (1 << 22, 1 << 24);
+    let vector_bf16 = is_x86_feature_detected!("avx512bf16");
+    if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !vector_bf16 {
+        return false;
+    }
+    ask_permission()
+}
+
+/// Tests do without the processor: unit tests everywhere, and others built with the feature where `RUSHLIGHT_ISA` asks.
+#[cfg(all(target_os = "linux", any(test, feature = "emulate-amx")))]
+fn emulated() -> bool {
+    (cfg!(test) || std::env::var_os("RUSHLIGHT_ISA").is_some_and(|isa| isa == "amx")) && super::tiles::emulate()
+}
+
+#[cfg(not(all(target_os = "linux", any(test, feature = "emulate-amx"))))]
+fn emulated() -> bool {
+    false
 }
 
 #[target_feature(enable = "xsave")]

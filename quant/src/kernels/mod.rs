@@ -38,6 +38,8 @@ mod peaks;
 pub mod scalar;
 #[cfg(test)]
 mod tests;
+#[cfg(all(target_arch = "x86_64", target_os = "linux", any(test, feature = "emulate-amx")))]
+mod tiles;
 mod words;
 #[cfg(target_arch = "x86_64")]
 mod words256;
