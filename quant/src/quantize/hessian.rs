@@ -327,7 +327,7 @@ mod tests {
             let mut exact = Hessian::new(cols);
             exact.add(&cpu, &x);
             for (a, b) in coarse.sums.iter().zip(&exact.sums) {
-                assert!((a - b).abs() <= 1e-6 * (n as f32).max(b.abs()), "{cols} {n}: {a} {b}");
+                assert!((a - b).abs() <= 4e-6 * (n as f32).max(b.abs()), "{cols} {n}: {a} {b}");
             }
         }
     }
