@@ -1,7 +1,7 @@
 use crate::kernels::{Isa, Kernels};
 use crate::matmul::{Order, PromptRounding};
 use crate::threads::Team;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 /// This machine's processor as the rest of the crate uses it: the worker team and the kernels of one instruction set.
 /// The operations are in [`crate::matmul`] and [`crate::ops`].
@@ -12,6 +12,9 @@ pub struct Cpu {
     pub(crate) half_attention: bool,
     pub(crate) coarse_floats: bool,
     pub(crate) order: Mutex<Order>,
+    /// Bytes of operands that stay near a core. Only a matrix unit is faster than what brings the others, so that
+    /// elsewhere there is no end to them.
+    pub(crate) near: usize,
 }
 
 impl Cpu {
@@ -24,6 +27,7 @@ impl Cpu {
             half_attention: false,
             coarse_floats: false,
             order: Mutex::default(),
+            near: if isa == Isa::Amx { second_cache() / 4 * 3 } else { usize::MAX },
         }
     }
 
@@ -81,4 +85,14 @@ pub fn physical_cores() -> usize {
     let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
         .map_or(1, |s| s.trim().split([',', '-']).count().clamp(1, 8));
     logical.div_ceil(siblings)
+}
+
+/// Bytes of a core's second-nearest cache; a mebibyte where the system does not say.
+fn second_cache() -> usize {
+    static ANSWER: OnceLock<usize> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index2/size").ok();
+        let kilobytes = size.and_then(|s| s.trim().strip_suffix('K')?.parse::<usize>().ok());
+        kilobytes.map_or(1 << 20, |k| (k << 10).clamp(256 << 10, 4 << 20))
+    })
 }

@@ -210,6 +210,20 @@ impl Cpu {
         self.kernels.half.filter(|_| self.fine())
     }
 
+    /// How a task with many rows goes: pairs of panels that it unpacks, and rows that meet all of them before the next do.
+    /// Where the rounded rows do not stay near ([`Cpu::near`]), they are then fetched from farther away less often.
+    fn blocking(&self, n: usize, w: &Matrix<'_>, width: usize) -> (usize, usize) {
+        /// Rows whose sums are held in the nearest cache until their used columns are copied out.
+        const MOST: usize = 96;
+        let (room, row) = (self.near, w.cols * width);
+        let pair = 2 * PANEL * row;
+        let block = if MOST * row <= room / 2 { MOST } else { ROW_BLOCK };
+        // Enough tasks that no thread waits long for the last.
+        let most = w.rows / (2 * PANEL) / (16 * self.threads());
+        let pairs = (room.saturating_sub(block * row) / pair).min(most);
+        if n * row + pair <= room || pairs < 2 { (1, MOST) } else { (pairs, block) }
+    }
+
     fn many_rows(
         &self,
         x: &[f32],
@@ -219,63 +233,75 @@ impl Cpu {
         meet: Meet,
         out: &[Disjoint<'_, f32>],
     ) {
-        /// Rows whose sums are held in the nearest cache until their used columns are copied out.
         const BLOCK: usize = 96;
         const WIDTH: usize = 2 * PANEL;
-        let tasks = tasks(weights, |_| WIDTH);
+        let as_floats =
+            |w: &Matrix<'_>| !(w.format.is_coded() || matches!(meet, Meet::Half(_)) && self.rounds_floats(w));
+        let blocking = |w: &Matrix<'_>| {
+            let width = match meet {
+                _ if as_floats(w) => 4,
+                Meet::Half(_) | Meet::Words(_) => 2,
+                Meet::Codes => 1,
+            };
+            self.blocking(n, w, width)
+        };
+        let tasks = tasks(weights, |w| blocking(w).0 * WIDTH);
         self.team.run(tasks.len(), &|t| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
-            let (cols, width) = (w.cols, rows.len());
+            let (cols, panel) = (w.cols, w.cols * PANEL);
+            let block = blocking(w).1;
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
-                let as_floats = !(w.format.is_coded() || matches!(meet, Meet::Half(_)) && self.rounds_floats(w));
                 match meet {
-                    _ if as_floats => panels.unpack_floats(self, w, &rows),
+                    _ if as_floats(w) => panels.unpack_floats(self, w, &rows),
                     Meet::Half(half) => panels.unpack_half(&half, w, &rows),
                     Meet::Words(words) => panels.unpack_words(&words, w, &rows),
                     Meet::Codes => panels.unpack_codes(self, w, &rows),
                 }
-                for start in (0..n).step_by(BLOCK) {
-                    let end = n.min(start + BLOCK);
+                let pairs = rows.clone().step_by(WIDTH).enumerate();
+                let parts = (0..n).step_by(block).flat_map(|start| pairs.clone().map(move |pair| (start, pair)));
+                for (start, (pair, first)) in parts {
+                    let (end, last) = (n.min(start + block), rows.end.min(first + WIDTH));
+                    let width = last - first;
+                    let used = width.div_ceil(PANEL);
                     match meet {
-                        _ if as_floats => {
+                        _ if as_floats(w) => {
                             let shape = GemmShape {
                                 m: end - start,
-                                n: width.next_multiple_of(PANEL),
+                                n: used * PANEL,
                                 k: cols,
                                 lda: cols,
-                                ldb: cols * PANEL,
+                                ldb: panel,
                                 ldc: WIDTH,
                                 add: false,
                             };
-                            (self.kernels.gemm)(shape, &x[start * cols..end * cols], &panels.floats, &mut tile);
+                            let panels = &panels.floats[2 * pair * panel..];
+                            (self.kernels.gemm)(shape, &x[start * cols..end * cols], panels, &mut tile);
                         }
                         Meet::Half(half) => {
-                            let (a, b) = panels.half.split_at(cols * PANEL);
+                            let (a, b) = panels.half[2 * pair * panel..2 * (pair + 1) * panel].split_at(panel);
                             let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
-                            (half.mul)(&[a, b][..width.div_ceil(PANEL)], x, start..end, &mut tile, WIDTH);
+                            (half.mul)(&[a, b][..used], x, start..end, &mut tile, WIDTH);
                         }
                         Meet::Words(words) => {
-                            let panels = panels.word_panels(w);
-                            let used = &panels[..width.div_ceil(PANEL)];
-                            (words.mul)(used, rounded.word_rows(cols), start..end, &mut tile, WIDTH);
+                            let panels = panels.word_panels(w, pair);
+                            (words.mul)(&panels[..used], rounded.word_rows(cols), start..end, &mut tile, WIDTH);
                         }
                         Meet::Codes => {
-                            let panels = panels.code_panels(w);
-                            let used = &panels[..width.div_ceil(PANEL)];
+                            let panels = panels.code_panels(w, pair);
                             let x = rounded.rows(cols);
-                            (self.kernels.mul_panels)(used, x, start..end, &mut tile, WIDTH);
+                            (self.kernels.mul_panels)(&panels[..used], x, start..end, &mut tile, WIDTH);
                             if self.fine() {
-                                (self.kernels.mul_panels)(used, x, n + start..n + end, &mut second, WIDTH);
+                                (self.kernels.mul_panels)(&panels[..used], x, n + start..n + end, &mut second, WIDTH);
                                 (self.kernels.lanes.add)(&second, &mut tile);
                             }
                         }
                     }
                     for r in start..end {
                         // SAFETY: a column range of the output belongs to one task.
-                        let out = unsafe { out[i].slice(r * w.rows + rows.start..r * w.rows + rows.end) };
+                        let out = unsafe { out[i].slice(r * w.rows + first..r * w.rows + last) };
                         let from = &tile[(r - start) * WIDTH..][..WIDTH];
                         match out.as_chunks_mut::<WIDTH>().0 {
                             // A copy of known size is a few moves and no call.
@@ -297,4 +323,39 @@ fn tasks(weights: &[Matrix<'_>], grain: impl Fn(&Matrix<'_>) -> usize) -> Vec<(u
         tasks.extend((0..w.rows).step_by(grain).map(|start| (i, start..w.rows.min(start + grain))));
     }
     tasks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Isa;
+
+    #[test]
+    fn blocks_that_stay_near_give_the_same_bits() {
+        let (n, rows, cols) = (111, 16 * 32 * 3 + 40, 256);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for format in [Format::Q4_0, Format::F16] {
+                let data: Vec<u8> = (0..rows * format.row_bytes(cols).expect("whole blocks"))
+                    .map(|i| 0x38 | ((i * 37 + i / 251) % 8) as u8)
+                    .collect();
+                let x: Vec<f32> = (0..n * cols).map(|i| (i * 31 % 61) as f32 / 16.0 - 1.9).collect();
+                let matrix = Matrix::new(format, rows, cols, &data).expect("whole rows");
+                let product = |near: usize| {
+                    let mut cpu = Cpu::new(1, isa).with_coarse_floats(true);
+                    cpu.near = near;
+                    let blocking = cpu.blocking(n, &matrix, 2);
+                    let mut out = vec![f32::NAN; n * rows];
+                    cpu.matmul(Phase::Prompt, &x, n, &[matrix], &mut [&mut out]);
+                    (blocking, out)
+                };
+                let (one, plain) = product(usize::MAX);
+                assert_eq!(one, (1, 96));
+                for (near, blocking) in [(51 << 10, (2, 32)), (70 << 10, (3, 32)), (20 << 10, (1, 96))] {
+                    let (got, out) = product(near);
+                    assert_eq!(got, blocking, "{near}");
+                    assert!(out == plain, "{} {format} {near}", isa.name());
+                }
+            }
+        }
+    }
 }

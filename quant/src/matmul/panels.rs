@@ -42,6 +42,11 @@ fn places(w: &Matrix<'_>, p: usize) -> (Range<usize>, Range<usize>) {
     (p * codes..(p + 1) * codes, p * scales..(p + 1) * scales)
 }
 
+/// Panels that there is room for: pairs of them, as products take them.
+fn whole(rows: &Range<usize>) -> usize {
+    rows.len().div_ceil(2 * PANEL).max(1) * 2
+}
+
 /// Unpacks rows of codes by `pack`.
 fn unpack<T: Number>(
     w: &Matrix<'_>,
@@ -50,7 +55,7 @@ fn unpack<T: Number>(
     codes: &mut Aligned<T>,
     [scale, min]: [&mut Aligned<f32>; 2],
 ) {
-    let (last_codes, last_scales) = places(w, 1);
+    let (last_codes, last_scales) = places(w, whole(rows) - 1);
     codes.reserve(last_codes.end);
     scale.reserve(last_scales.end);
     min.reserve(last_scales.end);
@@ -71,16 +76,18 @@ impl Panels {
         unpack(w, rows, pack, &mut self.words, [&mut self.scale, &mut self.min]);
     }
 
-    pub(super) fn code_panels(&self, w: &Matrix<'_>) -> [CodePanel<'_>; 2] {
-        [0, 1].map(|p| {
+    /// The panels of pair `pair`.
+    pub(super) fn code_panels(&self, w: &Matrix<'_>, pair: usize) -> [CodePanel<'_>; 2] {
+        [2 * pair, 2 * pair + 1].map(|p| {
             let (c, s) = places(w, p);
             let min = if has_min(w.format) { &self.min[s.clone()] } else { &[] };
             CodePanel { codes: &self.codes[c], scale: &self.scale[s], min, sub: sub(w.format) }
         })
     }
 
-    pub(super) fn word_panels(&self, w: &Matrix<'_>) -> [WordPanel<'_>; 2] {
-        [0, 1].map(|p| {
+    /// The panels of pair `pair`.
+    pub(super) fn word_panels(&self, w: &Matrix<'_>, pair: usize) -> [WordPanel<'_>; 2] {
+        [2 * pair, 2 * pair + 1].map(|p| {
             let (c, s) = places(w, p);
             let min = if has_min(w.format) { &self.min[s.clone()] } else { &[] };
             WordPanel { codes: &self.words[c], scale: &self.scale[s], min, sub: sub(w.format) }
@@ -89,7 +96,7 @@ impl Panels {
 
     pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &Range<usize>) {
         let len = w.cols * PANEL;
-        self.half.reserve(2 * len);
+        self.half.reserve(whole(rows) * len);
         for (p, used, data) in parts(w, rows) {
             (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);
         }
@@ -97,7 +104,7 @@ impl Panels {
 
     pub(super) fn unpack_floats(&mut self, cpu: &Cpu, w: &Matrix<'_>, rows: &Range<usize>) {
         let len = w.cols * PANEL;
-        self.floats.reserve(2 * len);
+        self.floats.reserve(whole(rows) * len);
         for (p, used, data) in parts(w, rows) {
             (cpu.kernels.pack_floats)(w.format)(data, used, w.cols, &mut self.floats[p * len..(p + 1) * len]);
         }
