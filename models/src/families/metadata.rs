@@ -6,9 +6,9 @@
 
 use super::config::yarn_attention;
 use super::keys::{ACTIVATION, ACTIVATIONS};
-use super::{Gguf, Keys};
+use super::{Gguf, Keys, llama_cpp};
 use crate::checkpoint::{Array, Checkpoint, Metadata, TensorInfo, Value};
-use crate::spec::{Biases, Branches, LayerSpec, ModelSpec, NormKind, QkNorm, Rope, RopeScaling, Routing};
+use crate::spec::{Branches, LayerSpec, ModelSpec, NormKind, Rope, RopeScaling, Routing};
 use crate::{Error, Result};
 use rushlight_quant::ops::Activation;
 use std::path::Path;
@@ -112,14 +112,6 @@ const OPTIONAL: &[Optional] = &[
     },
 ];
 
-/// Keys that llama.cpp looks for in some architectures alone, what they say, and those.
-const IMPLIED: &[(&str, &str, &[&str])] = &[
-    ("attention.scale", "scale of attention", &["granite"]),
-    ("attention.sliding_window_pattern", "attention windows", &["gemma3"]),
-    ("expert_weights_norm", "weights of experts", &["deepseek2"]),
-    (ACTIVATION, "activation", &[]),
-];
-
 /// What a file of the architecture `form` with `tensors` says of the model `spec`; `path` is for messages only.
 ///
 /// # Errors
@@ -215,53 +207,11 @@ pub fn describe(spec: &ModelSpec, form: &Gguf, tensors: &[TensorInfo], path: &Pa
         ));
     }
     let usual = (form.from_keys)(&Keys::new(&file, &metadata, form.architecture))?;
-    for (name, what, known) in IMPLIED {
-        // llama.cpp has one GELU for both kinds.
-        let gelu = |s: &ModelSpec| activations(s).all(|a| matches!(a, Activation::Gelu | Activation::GeluTanh));
-        let same = *name == ACTIVATION && gelu(spec) && gelu(&usual);
-        if metadata.get(&key(name)).is_some() && !known.contains(&form.architecture) && !same {
-            notes.push(format!(
-                "llama.cpp reads this file otherwise: it takes the {what} that is usual for the architecture"
-            ));
-        }
-    }
-    notes.extend(unread(spec, form.architecture).map(|why| format!("llama.cpp does not read this file: it {why}")));
+    let has = |name: &str| metadata.get(&key(name)).is_some();
+    notes.extend(llama_cpp::notes(spec, &usual, form.architecture, has));
     match difference(&meant, &read) {
         Some(what) => Err(impossible(what)),
         None => Ok(Description { metadata, spec: read, notes }),
-    }
-}
-
-/// Why llama.cpp does not read a file of the architecture, though it says all there is to say.
-fn unread(spec: &ModelSpec, architecture: &str) -> Option<&'static str> {
-    let layers = spec.layers.len();
-    match architecture {
-        "baichuan" if layers != if spec.alibi.is_some() { 40 } else { 32 } => {
-            Some("knows Baichuan's models by their depth, 32 layers (7B) or 40 (13B)")
-        }
-        "command-r" if spec.qk_norm != QkNorm::None && layers < 64 => {
-            Some("looks for norms of queries and keys in models of 64 layers or more")
-        }
-        "deepseek2" if spec.latent.as_ref().is_some_and(|l| l.query.is_none()) && !matches!(layers, 26 | 27) => {
-            Some("takes queries to have a latent vector unless there are 26 or 27 layers")
-        }
-        "qwen2moe" | "qwen3moe" if spec.layers.iter().any(|l| l.experts.is_none()) => {
-            Some("takes all layers to have experts")
-        }
-        "ernie4_5" | "internlm2" | "qwen3" | "qwen3moe" | "olmo" | "olmo2" | "smollm3" | "command-r" | "gemma"
-        | "gemma2" | "gemma3" | "falcon"
-            if spec.bias != Biases::default() =>
-        {
-            Some("knows no biases in this architecture")
-        }
-        "phi2" if spec.tied_head => Some("looks for a head of its own"),
-        "gemma2" if spec.attention_softcap.is_none() || spec.logit_softcap.is_none() => {
-            Some("takes scores and logits to be capped")
-        }
-        "falcon" if spec.branches == Branches::Sequential || spec.alibi.is_some() => {
-            Some("knows Falcon only with rotary positions and both branches side by side")
-        }
-        _ => None,
     }
 }
 
@@ -303,7 +253,8 @@ fn plain(spec: &ModelSpec, architecture: &str) -> Result<Vec<(&'static str, Valu
         keys.push(("attention.kv_lora_rank", count(latent.kv)));
         keys.extend(latent.query.map(|n| ("attention.q_lora_rank", count(n))));
     }
-    if architecture == "command-r" {
+    // llama.cpp looks for it even where it is 1.
+    if architecture == "command-r" || architecture == "granite" && spec.logit_scale == 1.0 {
         keys.push(("logit_scale", float(spec.logit_scale)));
     }
     if architecture == "gptneox" {
@@ -470,7 +421,7 @@ pub(super) fn difference(a: &ModelSpec, b: &ModelSpec) -> Option<&'static str> {
     found.or((rest != *b).then_some("shape"))
 }
 
-fn activations(spec: &ModelSpec) -> impl Iterator<Item = Activation> {
+pub(super) fn activations(spec: &ModelSpec) -> impl Iterator<Item = Activation> {
     let of =
         |layer: &LayerSpec| layer.experts.as_ref().map(|e| &e.mlp).or(layer.mlp.as_ref()).map(|mlp| mlp.activation);
     spec.layers.iter().filter_map(of)

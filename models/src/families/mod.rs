@@ -23,6 +23,7 @@ mod internlm;
 mod internlm2;
 mod keys;
 mod llama;
+mod llama_cpp;
 mod metadata;
 mod mistral;
 mod mixtral;
