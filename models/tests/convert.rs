@@ -167,7 +167,7 @@ fn switches_are_carried_over_or_told_of() {
     let stretched = convert("qwen2", json!({"rope_scaling": rule})).unwrap();
     assert!(stretched.notes.iter().any(|n| n.contains("does not read this file")), "{:?}", stretched.notes);
     assert!(!llama31.notes.iter().any(|n| n.contains("llama.cpp")), "{:?}", llama31.notes);
-    let granite = convert("granite", json!({"logits_scaling": 1.0})).unwrap();
+    let granite = convert("llama", json!({"model_type": "granite", "attention_multiplier": 0.3})).unwrap();
     assert_eq!(keys(&granite, "granite.logit_scale").unwrap(), "Float(1.0)");
     let extra = yarn.metadata.f32("llama.rope.scaling.attn_factor").unwrap();
     assert!((extra * (0.1 * 4f32.ln() + 1.0) - 1.0).abs() < 1e-6);
