@@ -386,7 +386,7 @@ fn texts_are_cut_into_sequences() {
     let dir = tempfile::tempdir().unwrap();
     let (_, tokenizer) = tiny(&dir.path().join("tiny"));
     let built_in = text::sequences(&tokenizer, text::BUILT_IN, "the built-in text", 256).unwrap();
-    assert_eq!(built_in.concat().len(), text::BUILT_IN.len());
+    assert_eq!(built_in.concat().len(), text::MOST.min(text::BUILT_IN.len()));
     let error = text::sequences(&tokenizer, "too short", "a.txt", 256).unwrap_err().to_string();
     assert!(error.starts_with("a.txt has 9 tokens") && error.contains("at least 4096"), "{error}");
     // A long text is read here and there, from its beginning to near its end.

@@ -95,7 +95,7 @@ pub(super) struct Step<'a> {
     wanted: Vec<Vec<f32>>,
     /// What the outputs lack, likewise for each of them, or all together.
     drifts: Vec<Option<(Drift, Drift)>>,
-    /// What a product that is about to be added to the stream is of.
+    /// What a product that is about to be added to the stream is of, weighed; nothing of the unquantized model.
     waiting: Option<Vec<f32>>,
     /// What each of the chunk's rows counts, where the way is by the stream: see [`weights`].
     weights: Vec<f32>,
@@ -232,12 +232,13 @@ impl Observer for Step<'_> {
                 (false, _) => ControlFlow::Continue(()),
             };
         }
-        let mut x = std::borrow::Cow::Borrowed(&x[..]);
+        let mut weighed = None;
         if let (Way::Stream, [wanted]) = (self.way, &self.wanted[..]) {
             self.weights = weights(wanted, self.rows.last().map_or(0, |rows| rows.end));
-            scale(x.to_mut(), &self.weights);
+            let x = weighed.insert(x.to_vec());
+            scale(x, &self.weights);
         }
-        let x = &x[..];
+        let x = weighed.as_deref().unwrap_or(&x[..]);
         let (x_most, x_others) = self.split(x, cols);
         let (most, others) = self.inputs.get_or_insert_with(|| (Hessian::coarse(cols), Hessian::coarse(cols)));
         most.add(cpu, &x_most);
@@ -246,11 +247,13 @@ impl Observer for Step<'_> {
         if self.wanted.is_empty() {
             return ControlFlow::Break(());
         }
-        if self.way != Way::Inputs {
-            return ControlFlow::Continue(());
+        if self.way == Way::Inputs {
+            self.drift_from(cpu, x, &[x]);
+            return ControlFlow::Break(());
         }
-        self.drift_from(cpu, x, &[x]);
-        ControlFlow::Break(())
+        // What the sum behind the product will be compared with.
+        self.waiting = weighed;
+        ControlFlow::Continue(())
     }
 
     fn leaves_out(&self) -> bool {
@@ -262,12 +265,10 @@ impl Observer for Step<'_> {
             return ControlFlow::Continue(());
         }
         if self.way == Way::Stream {
-            // Of the unquantized model only the sum is wanted.
-            let mut x = if self.done.is_some() { Vec::new() } else { x.to_vec() };
-            if self.done.is_none() {
-                scale(&mut x, &self.weights);
+            if self.done.is_some() {
+                // Of the unquantized model only the sum is wanted.
+                self.waiting = Some(Vec::new());
             }
-            self.waiting = Some(x);
             return ControlFlow::Continue(());
         }
         if self.done.is_some() {
