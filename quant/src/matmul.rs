@@ -105,6 +105,11 @@ enum Meet {
     Codes,
 }
 
+/// Most rows whose sums are held in the nearest cache until their used columns are copied out.
+const BLOCK: usize = 96;
+/// Outputs of a pair of panels, which products take together.
+const WIDTH: usize = 2 * PANEL;
+
 thread_local! {
     static ROUNDED: RefCell<Rounded> = RefCell::default();
     static PANELS: RefCell<Panels> = RefCell::default();
@@ -213,15 +218,13 @@ impl Cpu {
     /// How a task with many rows goes: pairs of panels that it unpacks, and rows that meet all of them before the next do.
     /// Where the rounded rows do not stay near ([`Cpu::near`]), they are then fetched from farther away less often.
     fn blocking(&self, n: usize, w: &Matrix<'_>, width: usize) -> (usize, usize) {
-        /// Rows whose sums are held in the nearest cache until their used columns are copied out.
-        const MOST: usize = 96;
         let (room, row) = (self.near, w.cols * width);
-        let pair = 2 * PANEL * row;
-        let block = if MOST * row <= room / 2 { MOST } else { ROW_BLOCK };
+        let pair = WIDTH * row;
+        let block = if BLOCK * row <= room / 2 { BLOCK } else { ROW_BLOCK };
         // Enough tasks that no thread waits long for the last.
-        let most = w.rows / (2 * PANEL) / (16 * self.threads());
-        let pairs = (room.saturating_sub(block * row) / pair).min(most);
-        if n * row + pair <= room || pairs < 2 { (1, MOST) } else { (pairs, block) }
+        let most = w.rows / WIDTH / (16 * self.threads());
+        let pairs = room.saturating_sub(block * row).checked_div(pair).unwrap_or(0).min(most);
+        if n * row + pair <= room || pairs < 2 { (1, BLOCK) } else { (pairs, block) }
     }
 
     fn many_rows(
@@ -233,8 +236,6 @@ impl Cpu {
         meet: Meet,
         out: &[Disjoint<'_, f32>],
     ) {
-        const BLOCK: usize = 96;
-        const WIDTH: usize = 2 * PANEL;
         let as_floats =
             |w: &Matrix<'_>| !(w.format.is_coded() || matches!(meet, Meet::Half(_)) && self.rounds_floats(w));
         let blocking = |w: &Matrix<'_>| {

@@ -1,5 +1,5 @@
 //! What llama.cpp makes of GGUF files that say all there is to say, where that is not what they say. Found by running
-//! such files there (`scripts/check-families.py`).
+//! such files there, as `scripts/check-families.py` runs the reference checkpoints.
 
 use super::keys::ACTIVATION;
 use super::metadata::activations;
