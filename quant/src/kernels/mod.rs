@@ -379,6 +379,26 @@ pub struct Peaks {
     pub f32: Option<fn(steps: u64) -> u64>,
 }
 
+/// Has the processor bring all of `data` closer. What is then read in short pieces of many rows does not wait for memory
+/// at each of them.
+pub(crate) fn fetch(data: &[u8]) {
+    for line in data.chunks(64) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has it, and it changes nothing.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: every AArch64 processor has it, and it changes nothing.
+        unsafe {
+            std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) line.as_ptr(), options(nostack, preserves_flags, readonly));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let _ = line;
+    }
+}
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     /// Which one.

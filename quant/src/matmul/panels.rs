@@ -4,7 +4,7 @@ use super::Matrix;
 use crate::buffer::{Aligned, Number};
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{CodePanel, HalfKernels, PANEL, WordKernels, WordPanel};
+use crate::kernels::{CodePanel, HalfKernels, PANEL, WordKernels, WordPanel, fetch};
 use std::ops::Range;
 
 /// What a thread unpacks weights into.
@@ -27,12 +27,15 @@ fn has_min(format: Format) -> bool {
     matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q2_K | Format::Q4_K | Format::Q5_K | Format::Q8_Z)
 }
 
-/// The rows `rows` as panels of sixteen: which panel, how many of its rows there are, and their packed weights.
+/// The rows `rows` as panels of sixteen: which panel, how many of its rows there are, and their packed weights. Those of
+/// the next panel are fetched meanwhile.
 fn parts<'a>(w: &Matrix<'a>, rows: &Range<usize>) -> impl Iterator<Item = (usize, usize, &'a [u8])> + use<'a> {
-    let (data, row_bytes, end) = (w.data, w.row_bytes(), rows.end);
+    let (all, row_bytes, end) = (w.data, w.row_bytes(), rows.end);
+    let data = move |first: usize| &all[end.min(first) * row_bytes..end.min(first + PANEL) * row_bytes];
+    fetch(data(rows.start));
     rows.clone().step_by(PANEL).enumerate().map(move |(p, first)| {
-        let used = PANEL.min(end - first);
-        (p, used, &data[first * row_bytes..(first + used) * row_bytes])
+        fetch(data(first + PANEL));
+        (p, PANEL.min(end - first), data(first))
     })
 }
 
