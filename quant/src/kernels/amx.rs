@@ -4,12 +4,15 @@
 //! f32 over all columns, without stopping for the scales of groups: faster here than int8 tiles, whose sums must be
 //! scaled every 32 columns, and several times closer to the exact product than activations of 8 bits.
 //!
+//! What is to be nearly as exact as f32 goes through the same tiles in two parts ([`super::HalfKernels`]): three passes,
+//! each as fast as any, where f32 has a sixteenth of the unit's rate.
+//!
 //! The intrinsics are not stable, so tiles are driven by inline assembly. Rust cannot name tile registers as operands:
 //! one block of assembly loads, multiplies and stores, and leaves nothing in them. Only the configuration lasts from
 //! block to block, within one call.
 
 use super::bf16::{self, ROWS, STEP};
-use super::{HalfKernels, HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512, peaks};
+use super::{HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512, peaks};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -70,7 +73,9 @@ fn ask_permission() -> bool {
 pub(super) fn kernels() -> Kernels {
     Kernels {
         isa: Isa::Amx,
-        half: Some(HalfKernels { mul, ..bf16::KERNELS }),
+        half: Some(bf16::kernels::<1>(mul::<1>)),
+        half_columns: Some(bf16::COLUMNS),
+        split: Some(bf16::kernels::<2>(mul::<2>)),
         peaks: peaks::amx(),
         ..avx512::kernels()
     }
@@ -95,13 +100,16 @@ impl Config {
     }
 }
 
-fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
+fn mul<const PARTS: usize>(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
     let (cols, padded) = (x.cols, x.padded);
     // With one panel the second tile of weights repeats the first and its products are left.
     let pair = [panels[0], panels.get(1).copied().unwrap_or(panels[0])];
-    assert!(cols.is_multiple_of(STEP) && pair.iter().all(|p| p.len() >= cols * PANEL));
+    // A panel that is no longer than this has one part.
+    let part = cols * PANEL;
+    let parts = if PARTS == 2 && pair[0].len() > part { 2 } else { 1 };
+    assert!(cols.is_multiple_of(STEP) && pair.iter().all(|p| p.len() >= parts * part));
     assert!(rows.start.is_multiple_of(ROW_BLOCK) && rows.end <= padded && padded.is_multiple_of(ROW_BLOCK));
-    assert!(x.all.len() >= padded * cols);
+    assert!(x.all.len() >= PARTS * padded * cols);
     assert!(rows.is_empty() || out.len() >= (rows.len() - 1) * stride + panels.len() * PANEL);
     let config = Config::new();
     // SAFETY: the processor has AMX and the process the permission; `config` is 64 bytes in the layout of palette 1.
@@ -112,9 +120,9 @@ fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], 
         let whole = used == ROW_BLOCK && panels.len() == 2;
         let out = &mut out[(first - rows.start) * stride..];
         let (to, distance) = if whole { (out.as_mut_ptr(), stride) } else { (edge.0.as_mut_ptr(), 2 * PANEL) };
-        // SAFETY: 32 rows of `cols` numbers from `first` on, `cols * 16` numbers in each panel, and 32 rows of 32 sums
-        // at `to`: asserted above, or the edge's own size.
-        unsafe { multiply(x.all.as_ptr().add(first * cols), cols, pair, to, distance) };
+        // SAFETY: 32 rows of `cols` numbers from `first` on, `cols * 16` numbers in each panel, in as many parts as are
+        // said, and 32 rows of 32 sums at `to`: asserted above, or the edge's own size.
+        unsafe { multiply::<PARTS>(x.all.as_ptr().add(first * cols * PARTS), cols, pair, parts, to, distance) };
         if !whole {
             for r in 0..used {
                 let width = panels.len() * PANEL;
@@ -130,12 +138,25 @@ fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], 
 #[repr(C, align(64))]
 struct Products([f32; ROW_BLOCK * 2 * PANEL]);
 
-/// Two blocks of 16 rows of `cols` activations at `x` times two panels, into 32 rows of 32 sums at distance `stride`.
+/// Two blocks of 16 rows of `cols` activations in `PARTS` parts at `x` times two panels in `parts`, into 32 rows of 32 sums
+/// at distance `stride`.
 ///
 /// # Safety
 /// The tiles are configured by [`Config`] and all of these numbers are there; `cols` is a positive multiple of 32.
 #[inline(always)]
-unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f32, stride: usize) {
+unsafe fn multiply<const PARTS: usize>(
+    x: *const u16,
+    cols: usize,
+    panels: [&[u16]; 2],
+    parts: usize,
+    out: *mut f32,
+    stride: usize,
+) {
+    // Where the next pass goes on, seen from the end of this one, in activations and in weights: behind first parts lie
+    // second ones.
+    let part = (cols * 2 * ROWS) as isize;
+    let moves = [[0, -part], [-2 * part, 0], [0, 0]];
+    let passes = PARTS + parts - 1;
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
@@ -143,6 +164,8 @@ unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f3
             "tilezero tmm1",
             "tilezero tmm2",
             "tilezero tmm3",
+            "3:",
+            "mov {n}, {steps}",
             "2:",
             "tileloadd tmm4, [{a0} + {line}]",
             "tileloadd tmm6, [{w0} + {line}]",
@@ -156,18 +179,28 @@ unsafe fn multiply(x: *const u16, cols: usize, panels: [&[u16]; 2], out: *mut f3
             "add {a1}, 1024",
             "add {w0}, 1024",
             "add {w1}, 1024",
-            "dec {steps}",
+            "dec {n}",
             "jnz 2b",
+            "add {a0}, [{moves}]",
+            "add {a1}, [{moves}]",
+            "add {w0}, [{moves} + 8]",
+            "add {w1}, [{moves} + 8]",
+            "add {moves}, 16",
+            "dec {passes}",
+            "jnz 3b",
             "tilestored [{o0} + {to}], tmm0",
             "tilestored [{o0} + {to} + 64], tmm1",
             "tilestored [{o1} + {to}], tmm2",
             "tilestored [{o1} + {to} + 64], tmm3",
             a0 = inout(reg) x => _,
-            a1 = inout(reg) x.add(ROWS * cols) => _,
+            a1 = inout(reg) x.add(PARTS * ROWS * cols) => _,
             w0 = inout(reg) panels[0].as_ptr() => _,
             w1 = inout(reg) panels[1].as_ptr() => _,
             line = in(reg) 64usize,
-            steps = inout(reg) cols / STEP => _,
+            steps = in(reg) cols / STEP,
+            n = out(reg) _,
+            moves = inout(reg) moves.as_ptr() => _,
+            passes = inout(reg) passes => _,
             o0 = in(reg) out,
             o1 = in(reg) out.add(ROWS * stride),
             to = in(reg) 4 * stride,

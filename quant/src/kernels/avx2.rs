@@ -36,6 +36,8 @@ pub(super) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        half_columns: None,
+        split: None,
         words: Some(words256::KERNELS),
         peaks: peaks::AVX2,
         lanes: compiled_lanes!("avx2,fma,f16c"),

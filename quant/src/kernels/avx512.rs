@@ -39,6 +39,8 @@ pub(super) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: Some(heads512::KERNELS),
         half: bf16::pays().then_some(bf16::KERNELS),
+        half_columns: bf16::pays().then_some(bf16::COLUMNS),
+        split: None,
         words: None,
         peaks: peaks::avx512(),
         lanes: Lanes {

@@ -1,4 +1,5 @@
-//! Many rows of bf16, rounded and laid out as AMX and AVX512-BF16 both take them; and AVX512-BF16's products.
+//! Many rows of bf16, in one part or two, rounded and laid out as AMX and AVX512-BF16 take them; and AVX512-BF16's
+//! products, of one part.
 //!
 //! `vdpbf16ps` has half the rate of VNNI, which needs two passes for activations of as many bits, and stops at no scale
 //! group. (Intel's processors before AMX take it at a quarter of that rate: see [`pays`].)
@@ -8,7 +9,7 @@ mod rows;
 
 use super::codes256::{Codes, by_codes};
 use super::floats512::{BF16, F16, F32, Floats};
-use super::{HalfKernels, HalfRows, PANEL, PackHalf, ROW_BLOCK};
+use super::{HalfKernels, HalfRows, MulHalf, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
 use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -30,64 +31,102 @@ pub(super) fn pays() -> bool {
     })
 }
 
-pub(super) const KERNELS: HalfKernels =
-    HalfKernels { round, pack, columns: columns::columns, across: rows::across, pairs: rows::pairs, mul };
+pub(super) const KERNELS: HalfKernels = kernels::<1>(mul);
+pub(super) const COLUMNS: fn(Format) -> PackHalfColumns = columns::columns;
 
-pub(super) fn round(x: &[f32], cols: usize, out: &mut [u16]) {
+/// The kernels for so many [`HalfKernels::parts`], of which `mul` multiplies.
+pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf) -> HalfKernels {
+    HalfKernels {
+        parts: PARTS,
+        round: round::<PARTS>,
+        pack: pack::<PARTS>,
+        across: rows::across::<PARTS>,
+        pairs: rows::pairs::<PARTS>,
+        mul,
+    }
+}
+
+/// 32 numbers in parts of bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded<const PARTS: usize>(low: __m512, high: __m512) -> [__m512i; PARTS] {
+    let mut rest = [low, high];
+    let mut parts = [_mm512_setzero_si512(); PARTS];
+    for part in 0..PARTS {
+        // SAFETY: both are 64 bytes.
+        parts[part] = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(rest[1], rest[0])) };
+        let halves = [_mm512_castsi512_si256(parts[part]), _mm512_extracti64x4_epi64::<1>(parts[part])];
+        for (rest, half) in rest.iter_mut().zip(halves) {
+            let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
+            *rest = _mm512_sub_ps(*rest, wide);
+        }
+    }
+    parts
+}
+
+fn round<const PARTS: usize>(x: &[f32], cols: usize, out: &mut [u16]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    fn inner(x: &[f32], cols: usize, out: &mut [u16]) {
+    fn inner<const PARTS: usize>(x: &[f32], cols: usize, out: &mut [u16]) {
         for (r, row) in x.chunks_exact(cols).enumerate() {
             for (k, x) in row.as_chunks::<STEP>().0.iter().enumerate() {
-                let out = &mut out[(k * ROWS + r) * STEP..][..STEP];
-                // SAFETY: 32 numbers each.
-                unsafe {
-                    let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16)));
-                    let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                    _mm512_storeu_si512(out.as_mut_ptr().cast(), both)
+                // SAFETY: 32 numbers.
+                let (low, high) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
+                for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
+                    let out = &mut out[part * ROWS * cols..][(k * ROWS + r) * STEP..][..STEP];
+                    // SAFETY: 32 numbers.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), line) }
                 }
             }
         }
     }
-    assert!(cols.is_multiple_of(STEP) && x.len() <= ROWS * cols && out.len() == ROWS * cols);
+    assert!(cols.is_multiple_of(STEP) && x.len() <= ROWS * cols && out.len() == PARTS * ROWS * cols);
     // SAFETY: this table is handed out only where the processor has bf16.
-    unsafe { inner(x, cols, out) }
+    unsafe { inner::<PARTS>(x, cols, out) }
 }
 
-pub(super) fn pack(format: Format) -> PackHalf {
-    fn entry<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+fn pack<const PARTS: usize>(format: Format) -> PackHalf {
+    fn one<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
         // SAFETY: this table is handed out only where the processor has bf16.
-        unsafe { pack_of::<C>(data, rows, cols, out) }
+        unsafe { pack_of::<C, 1>(data, rows, cols, out) }
     }
-    fn floats<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    fn two<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
         // SAFETY: as above.
-        unsafe { pack_floats_of::<F>(data, rows, cols, out) }
+        unsafe { pack_of::<C, 2>(data, rows, cols, out) }
+    }
+    fn floats<F: Floats, const PARTS: usize>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+        // SAFETY: as above.
+        unsafe { pack_floats_of::<F, PARTS>(data, rows, cols, out) }
     }
     match format {
-        Format::F32 => floats::<F32>,
-        Format::F16 => floats::<F16>,
-        Format::BF16 => floats::<BF16>,
-        format => by_codes!(format, entry),
+        Format::F32 => floats::<F32, PARTS>,
+        Format::F16 => floats::<F16, PARTS>,
+        Format::BF16 => floats::<BF16, 1>,
+        format if PARTS == 1 => by_codes!(format, one),
+        format => by_codes!(format, two),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn pack_floats_of<F: Floats>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
-    let size = F::FORMAT.block_bytes();
-    assert!(
-        cols.is_multiple_of(STEP) && rows <= PANEL && data.len() >= rows * cols * size && out.len() >= cols * PANEL
-    );
+fn pack_floats_of<F: Floats, const PARTS: usize>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    let (size, panel) = (F::FORMAT.block_bytes(), cols * PANEL);
+    assert!(cols.is_multiple_of(STEP) && rows <= PANEL && data.len() >= rows * cols * size);
+    assert!(out.len() >= PARTS * panel);
     for c in (0..cols).step_by(STEP) {
-        let mut pairs = [_mm512_setzero_si512(); PANEL];
+        let mut pairs = [[_mm512_setzero_si512(); PANEL]; PARTS];
         for r in 0..rows {
             // SAFETY: 32 numbers of the row.
-            pairs[r] = unsafe {
+            let (low, high) = unsafe {
                 let at = data.as_ptr().add((r * cols + c) * size);
-                let both = _mm512_cvtne2ps_pbh(F::load(at.add(16 * size), !0), F::load(at, !0));
-                std::mem::transmute::<__m512bh, __m512i>(both)
+                (F::load(at, !0), F::load(at.add(16 * size), !0))
             };
+            for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
+                pairs[part][r] = line;
+            }
         }
-        // SAFETY: this step's place in `out` (asserted above).
-        unsafe { store_transposed(pairs, out.as_mut_ptr().add(c * PANEL)) };
+        for (part, pairs) in pairs.into_iter().enumerate() {
+            // SAFETY: this step's place in a part of `out` (asserted above).
+            unsafe { store_transposed(pairs, out.as_mut_ptr().add(part * panel + c * PANEL)) };
+        }
     }
 }
 
@@ -100,9 +139,9 @@ struct Factors {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn pack_of<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
-    let row_bytes = cols / C::FORMAT.block_len() * C::BYTES;
-    assert!(rows <= PANEL && data.len() >= rows * row_bytes && out.len() >= cols * PANEL);
+fn pack_of<C: Codes, const PARTS: usize>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    let (row_bytes, panel) = (cols / C::FORMAT.block_len() * C::BYTES, cols * PANEL);
+    assert!(rows <= PANEL && data.len() >= rows * row_bytes && out.len() >= PARTS * panel);
     let groups = cols / 32;
     let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; PANEL];
     for run in 0..groups / 8 {
@@ -121,40 +160,49 @@ fn pack_of<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
             }
         }
         for g in 0..8 {
-            let mut pairs = [_mm512_setzero_si512(); PANEL];
+            let mut pairs = [[_mm512_setzero_si512(); PANEL]; PARTS];
             for r in 0..rows {
                 let Factors { scale, min } = &factors[r];
                 let [a, b] = if C::HALVES { [2 * g, 2 * g + 1] } else { [g, g] };
                 // SAFETY: group `g` of this run of row `r`.
-                unsafe {
-                    let codes = C::codes(data.as_ptr().add(r * row_bytes + run * C::RUN), g);
-                    pairs[r] = weights::<C>(codes, [scale[a], scale[b]], [min[a], min[b]]);
+                let codes = unsafe { C::codes(data.as_ptr().add(r * row_bytes + run * C::RUN), g) };
+                let [low, high] = weights::<C>(codes, [scale[a], scale[b]], [min[a], min[b]]);
+                for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
+                    pairs[part][r] = line;
                 }
             }
-            // SAFETY: this group's place in `out` (asserted above).
-            unsafe { store_transposed(pairs, out.as_mut_ptr().add((run * 8 + g) * STEP * PANEL)) };
+            for (part, pairs) in pairs.into_iter().enumerate() {
+                // SAFETY: this group's place in a part of `out` (asserted above).
+                unsafe { store_transposed(pairs, out.as_mut_ptr().add(part * panel + (run * 8 + g) * STEP * PANEL)) };
+            }
         }
     }
     if C::GROUPS == 1 {
-        for g in 0..groups % 8 {
-            let mut pairs = [_mm512_setzero_si512(); PANEL];
+        for g in groups / 8 * 8..groups {
+            let mut pairs = [[_mm512_setzero_si512(); PANEL]; PARTS];
             for r in 0..rows {
                 // SAFETY: a group of row `r` behind its last whole run.
-                unsafe {
+                let [low, high] = unsafe {
                     let at = data.as_ptr().add(r * row_bytes + groups / 8 * C::RUN);
-                    let (scale, min) = C::scale_and_min(at, g);
-                    pairs[r] = weights::<C>(C::codes(at, g), [_mm256_cvtss_f32(scale); 2], [min; 2]);
+                    let (scale, min) = C::scale_and_min(at, g % 8);
+                    weights::<C>(C::codes(at, g % 8), [_mm256_cvtss_f32(scale); 2], [min; 2])
+                };
+                for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
+                    pairs[part][r] = line;
                 }
             }
-            // SAFETY: this group's place in `out` (asserted above).
-            unsafe { store_transposed(pairs, out.as_mut_ptr().add((groups / 8 * 8 + g) * STEP * PANEL)) };
+            for (part, pairs) in pairs.into_iter().enumerate() {
+                // SAFETY: this group's place in a part of `out` (asserted above).
+                unsafe { store_transposed(pairs, out.as_mut_ptr().add(part * panel + g * STEP * PANEL)) };
+            }
         }
     }
 }
 
-/// 32 weights, decoded as the format says and rounded to bf16.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> __m512i {
+/// 32 weights, decoded as the format says.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> [__m512; 2] {
     let zero = _mm512_set1_epi32(i32::from(C::ZERO));
     let halves = [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)];
     let mut values = [_mm512_setzero_ps(); 2];
@@ -165,8 +213,7 @@ fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> __m512i 
             values[h] = _mm512_sub_ps(values[h], _mm512_set1_ps(min[h]));
         }
     }
-    // SAFETY: both are 64 bytes.
-    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(values[1], values[0])) }
+    values
 }
 
 /// Stores 16 rows of 16 pairs as 16 lines, of which line `k` holds pair `k` of each row.

@@ -207,7 +207,7 @@ pub struct QuantizedRows<'a> {
 /// Rows of bf16 activations in blocks of 16 rows by 32 columns, which lie as tiles are loaded.
 #[derive(Clone, Copy)]
 pub struct HalfRows<'a> {
-    /// `[padded / 16][cols / 32][16][32]`.
+    /// `[padded / 16][parts][cols / 32][16][32]`, see [`HalfKernels::parts`].
     pub all: &'a [u16],
     /// Columns of a row; a multiple of 32.
     pub cols: usize,
@@ -216,28 +216,40 @@ pub struct HalfRows<'a> {
 }
 
 /// Unpacks `rows` (at most 16) packed weight rows of `cols` columns into a panel of bf16, interleaved
-/// `[cols / 2][16][2]`; absent rows become zeros.
+/// `[parts][cols / 2][16][2]`; absent rows become zeros.
 pub type PackHalf = fn(data: &[u8], rows: usize, cols: usize, out: &mut [u16]);
 /// [`MulPanels`] for bf16. The rows begin at a multiple of [`ROW_BLOCK`].
 pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
 
 /// Kernels for many rows of bf16.
+///
+/// With two `parts` a number is the sum of two of bf16, the second what rounding left of the first: 16 bits of it, nearly
+/// f32. Of the four products of two such numbers the smallest is left out (Henry, Tang and Heinecke 2019, "Leveraging the
+/// bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations"). Where something has two parts, the second
+/// lies behind the whole of the first: of a block of rows, of a panel.
 #[derive(Clone, Copy)]
 pub struct HalfKernels {
+    /// Numbers of bf16 that stand for one: 1 or 2.
+    pub parts: usize,
     /// Up to 16 rows of f32 to a block of bf16 (see [`HalfRows`]), to nearest even.
     pub round: fn(x: &[f32], cols: usize, out: &mut [u16]),
-    /// For block formats, and for F32, F16 and BF16.
+    /// For block formats, and for F32, F16 and BF16. See [`HalfKernels::weight_parts`].
     pub pack: fn(Format) -> PackHalf,
-    /// For all formats.
-    pub columns: fn(Format) -> PackHalfColumns,
-    /// Up to 16 rows of `len` f32, `stride` apart, as a panel `[len / 2][16][2]`: a right side whose columns they are.
-    /// Absent rows, and columns up to a multiple of 32, are zeros.
+    /// Up to 16 rows of `len` f32, `stride` apart, as a panel `[parts][len / 2][16][2]`: a right side whose columns they
+    /// are. Absent rows, and columns up to a multiple of 32, are zeros.
     pub across: fn(rows: &[f32], stride: usize, used: usize, len: usize, out: &mut [u16]),
-    /// `used` rows of `len` f32, `stride` apart, as panels `[used / 2][16][2]` at distance `ldb`: a right side whose rows
-    /// they are. Rows up to a multiple of 32, and columns of a panel behind the last, are zeros.
+    /// `used` rows of `len` f32, `stride` apart, as panels `[parts][used / 2][16][2]` at distance `ldb`: a right side whose
+    /// rows they are. Rows up to a multiple of 32, and columns of a panel behind the last, are zeros.
     pub pairs: fn(rows: &[f32], stride: usize, used: usize, len: usize, ldb: usize, out: &mut [u16]),
-    /// The products.
+    /// The products. A panel that is as long as one part has no second.
     pub mul: MulHalf,
+}
+
+impl HalfKernels {
+    /// Parts that [`HalfKernels::pack`] makes of weights: those of BF16 leave nothing.
+    pub fn weight_parts(&self, format: Format) -> usize {
+        if format == Format::BF16 { 1 } else { self.parts }
+    }
 }
 
 /// Rows of 16-bit activations: `x[i] ~ d[i/32] * q[i]` (round to nearest, `d = max|x| / 32767` over each 32).
@@ -431,6 +443,10 @@ pub struct Kernels {
     pub half_heads: Option<HalfHeads>,
     /// Many rows of bf16, where that is faster than integers for block formats.
     pub half: Option<HalfKernels>,
+    /// Columns of all formats, for the products of `half`.
+    pub half_columns: Option<fn(Format) -> PackHalfColumns>,
+    /// Many rows of bf16 in two parts, where that is faster than f32.
+    pub split: Option<HalfKernels>,
     /// Many rows of 16-bit activations, where that is faster than twice 8 bits.
     pub words: Option<WordKernels>,
     /// What its arithmetic is measured by.

@@ -26,6 +26,8 @@ pub(crate) fn kernels() -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        half_columns: None,
+        split: None,
         words: Some(words::KERNELS),
         peaks: Peaks::default(),
         lanes: lanes::PLAIN,

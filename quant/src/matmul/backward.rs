@@ -8,7 +8,7 @@ use super::Matrix;
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, ROW_BLOCK};
+use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, PackHalfColumns, ROW_BLOCK};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 
@@ -39,7 +39,7 @@ thread_local! {
 impl Cpu {
     /// Whether [`Cpu::matmul_backward`] rounds gradients and weights of this format to bf16 before it multiplies them.
     pub fn rounds_gradients(&self, format: Format) -> bool {
-        format != Format::F32 && self.kernels.half.is_some()
+        format != Format::F32 && self.kernels.half_columns.is_some()
     }
 
     /// `dx[r, c] += sum_i sum_o dy[i][r, o] * weights[i][o, c]` for `n` rows: what the loss's gradients at the outputs of
@@ -57,8 +57,10 @@ impl Cpu {
         }
         let dx = Disjoint::new(dx);
         for (w, dy) in weights.iter().zip(dy) {
-            match self.kernels.half {
-                Some(half) if self.rounds_gradients(w.format) => self.backward_half(&half, dy, n, w, &dx),
+            match (self.kernels.half, self.kernels.half_columns) {
+                (Some(half), Some(columns)) if self.rounds_gradients(w.format) => {
+                    self.backward_half(&half, columns(w.format), dy, n, w, &dx);
+                }
                 _ => self.backward_floats(dy, n, w, &dx),
             }
         }
@@ -89,8 +91,15 @@ impl Cpu {
         });
     }
 
-    fn backward_half(&self, kernels: &HalfKernels, dy: &[f32], n: usize, w: &Matrix<'_>, dx: &Disjoint<'_, f32>) {
-        let pack = (kernels.columns)(w.format);
+    fn backward_half(
+        &self,
+        kernels: &HalfKernels,
+        pack: PackHalfColumns,
+        dy: &[f32],
+        n: usize,
+        w: &Matrix<'_>,
+        dx: &Disjoint<'_, f32>,
+    ) {
         for first in (0..w.rows).step_by(HALF_DEPTH) {
             let used = HALF_DEPTH.min(w.rows - first);
             let depth = used.next_multiple_of(32);

@@ -98,7 +98,7 @@ impl Panels {
     }
 
     pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &Range<usize>) {
-        let len = w.cols * PANEL;
+        let len = w.cols * PANEL * kernels.weight_parts(w.format);
         self.half.reserve(whole(rows) * len);
         for (p, used, data) in parts(w, rows) {
             (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);

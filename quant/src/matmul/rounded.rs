@@ -127,11 +127,12 @@ impl Rounded {
 
     /// Rounds the `n` rows of `x` to bf16.
     pub(super) fn round_half(&mut self, cpu: &Cpu, kernels: &HalfKernels, x: &[f32], n: usize, cols: usize) {
-        self.half.reserve(n.next_multiple_of(ROW_BLOCK) * cols);
+        let row = cols * kernels.parts;
+        self.half.reserve(n.next_multiple_of(ROW_BLOCK) * row);
         let half = Disjoint::new(&mut self.half);
         cpu.split(n, ROUND, &|rows| {
             // SAFETY: a block of 16 rows belongs to one task.
-            let block = unsafe { half.slice(rows.start * cols..(rows.start + ROUND) * cols) };
+            let block = unsafe { half.slice(rows.start * row..(rows.start + ROUND) * row) };
             (kernels.round)(&x[rows.start * cols..rows.end * cols], cols, block);
         });
     }

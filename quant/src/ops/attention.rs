@@ -1,16 +1,18 @@
 //! Attention in tiles with the online softmax (Milakov and Gimelshein 2018, Dao et al. 2022): nothing of size
 //! context x context is ever stored.
 
+mod tiles;
 mod train;
 
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
-use crate::kernels::{GemmShape, Kernels, PANEL};
+use crate::kernels::{Kernels, PANEL};
 use crate::matmul::Phase;
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 use std::ops::Range;
 
+use tiles::{Side, Tiles};
 pub use train::{AttentionGradients, AttentionRows};
 
 /// Keys of one tile. Tiles begin at multiples of this from the start of the cache, wherever the queries begin, so that
@@ -109,11 +111,16 @@ pub struct AttentionSequence<'a> {
 struct Scratch {
     queries: Aligned<f32>,
     keys: Aligned<f32>,
-    panels: Aligned<f32>,
     scores: Aligned<f32>,
     out: Aligned<f32>,
+    spare: Aligned<f32>,
     most: Aligned<f32>,
     total: Aligned<f32>,
+    /// Left sides of the products of a prompt: queries and shares.
+    query_rows: Side,
+    share_rows: Side,
+    /// Their right sides: a tile of keys, then of values.
+    panels: Side,
 }
 
 thread_local! {
@@ -179,51 +186,47 @@ impl Cpu {
         out: &Disjoint<'_, f32>,
     ) {
         let (kernels, lanes) = (&self.kernels, &self.kernels.lanes);
+        let tiles = Tiles { kernels, half: kernels.split };
         let (dim, group) = (spec.head_dim, spec.heads / spec.kv_heads);
         let (value_dim, widest) = (spec.value_dim, dim.max(spec.value_dim));
         let padded = value_dim.next_multiple_of(PANEL);
         let count = rows.len() * group;
-        scratch.queries.reserve(count * dim);
-        scratch.keys.reserve(TILE * widest);
-        scratch.panels.reserve(TILE * widest.next_multiple_of(PANEL));
-        scratch.scores.reserve(count * TILE);
-        scratch.out.reserve(count * padded);
-        scratch.most.reserve(count);
-        scratch.total.reserve(count);
-        scratch.out[..count * padded].fill(0.0);
-        scratch.most[..count].fill(f32::NEG_INFINITY);
-        scratch.total[..count].fill(0.0);
+        let Scratch { queries, keys: cached, scores, out: sums, spare, most, total, .. } = scratch;
+        let (query_rows, share_rows, panels) = (&mut scratch.query_rows, &mut scratch.share_rows, &mut scratch.panels);
+        queries.reserve(count * dim);
+        cached.reserve(TILE * widest);
+        scores.reserve(count * TILE);
+        sums.reserve(count * padded);
+        spare.reserve(count * padded);
+        most.reserve(count);
+        total.reserve(count);
+        query_rows.reserve(&tiles, 1, count, dim);
+        share_rows.reserve(&tiles, 1, count, TILE);
+        panels.reserve(&tiles, 1, TILE, widest);
+        sums[..count * padded].fill(0.0);
+        most[..count].fill(f32::NEG_INFINITY);
+        total[..count].fill(0.0);
         let width = spec.heads * dim;
         let head_of = |i: usize| kv_head * group + i % group;
         let position_of = |i: usize| sequence.start + (rows.start - sequence.rows.start) + i / group;
         for i in 0..count {
             let at = (rows.start + i / group) * width + head_of(i) * dim;
-            let row = &mut scratch.queries[i * dim..(i + 1) * dim];
+            let row = &mut queries[i * dim..(i + 1) * dim];
             row.copy_from_slice(&q[at..at + dim]);
             (lanes.scale)(spec.scale, row);
         }
+        let left = tiles.left(&queries[..count * dim], dim, count, dim, query_rows, 0);
         let end = position_of(count - 1) + 1;
         let end = if position_of(0) < sequence.context { end.max(sequence.context) } else { end };
         let first = spec.window.map_or(0, |w| (position_of(0) + 1).saturating_sub(w)) / TILE * TILE;
         for tile in (first..end).step_by(TILE) {
             let keys = TILE.min(end - tile);
             let at = (kv_head * sequence.capacity + tile) * dim;
-            sequence.keys.read(kernels, at..at + keys * dim, &mut scratch.keys[..keys * dim]);
-            for (first, panel) in (0..keys).step_by(PANEL).zip(scratch.panels.chunks_exact_mut(dim * PANEL)) {
-                (lanes.across)(&scratch.keys[first * dim..], dim, PANEL.min(keys - first), dim, panel);
-            }
-            let shape = GemmShape {
-                m: count,
-                n: keys.next_multiple_of(PANEL),
-                k: dim,
-                lda: dim,
-                ldb: dim * PANEL,
-                ldc: TILE,
-                add: false,
-            };
-            (kernels.gemm)(shape, &scratch.queries[..count * dim], &scratch.panels, &mut scratch.scores);
+            sequence.keys.read(kernels, at..at + keys * dim, &mut cached[..keys * dim]);
+            tiles.across(cached, dim, keys, dim, panels, 0);
+            tiles.mul(left, (panels, 0), [count, keys.next_multiple_of(PANEL), dim], scores, TILE, None);
             for i in 0..count {
-                let row = &mut scratch.scores[i * TILE..i * TILE + keys];
+                let row = &mut scores[i * TILE..i * TILE + keys];
                 let position = position_of(i);
                 if let Some(cap) = spec.softcap {
                     (lanes.soft_cap)(cap, row);
@@ -239,24 +242,24 @@ impl Cpu {
                     row.fill(0.0);
                     continue;
                 }
-                let most = (lanes.max)(row).max(scratch.most[i]);
-                let shrink = lanes_exp(scratch.most[i] - most);
-                scratch.total[i] = scratch.total[i] * shrink + (lanes.exp_sum)(most, row);
+                let largest = (lanes.max)(row).max(most[i]);
+                let shrink = lanes_exp(most[i] - largest);
+                total[i] = total[i] * shrink + (lanes.exp_sum)(largest, row);
                 if shrink != 1.0 {
-                    (lanes.scale)(shrink, &mut scratch.out[i * padded..(i + 1) * padded]);
+                    (lanes.scale)(shrink, &mut sums[i * padded..(i + 1) * padded]);
                 }
-                scratch.most[i] = most;
+                most[i] = largest;
             }
             let at = (kv_head * sequence.capacity + tile) * value_dim;
-            sequence.values.read(kernels, at..at + keys * value_dim, &mut scratch.keys[..keys * value_dim]);
-            let ldb = panel_columns(&scratch.keys, keys, value_dim, &mut scratch.panels);
-            let shape = GemmShape { m: count, n: padded, k: keys, lda: TILE, ldb, ldc: padded, add: true };
-            (kernels.gemm)(shape, &scratch.scores, &scratch.panels, &mut scratch.out);
+            sequence.values.read(kernels, at..at + keys * value_dim, &mut cached[..keys * value_dim]);
+            tiles.along(cached, keys, value_dim, panels, 0);
+            let shares = tiles.left(&scores[..count * TILE], TILE, count, keys, share_rows, 0);
+            tiles.mul(shares, (panels, 0), [count, padded, keys], sums, padded, Some(spare));
         }
         for i in 0..count {
-            let row = &mut scratch.out[i * padded..i * padded + value_dim];
+            let row = &mut sums[i * padded..i * padded + value_dim];
             let sink = spec.sinks.map(|sinks| sinks[head_of(i)]);
-            finish(lanes.scale, row, scratch.most[i], scratch.total[i], sink);
+            finish(lanes.scale, row, most[i], total[i], sink);
             let at = ((rows.start + i / group) * spec.heads + head_of(i)) * value_dim;
             // SAFETY: each task has rows and heads of its own.
             unsafe { out.slice(at..at + value_dim) }.copy_from_slice(row);
@@ -442,17 +445,4 @@ fn finish(scale: fn(f32, &mut [f32]), row: &mut [f32], most: f32, total: f32, si
         }
         None => scale(1.0 / total, row),
     }
-}
-
-/// `[keys][dim]` to panels `[dim / 16][keys][16]`; returns the distance between panels.
-fn panel_columns(rows: &[f32], keys: usize, dim: usize, panels: &mut [f32]) -> usize {
-    for p in 0..dim.div_ceil(PANEL) {
-        let panel = &mut panels[p * keys * PANEL..(p + 1) * keys * PANEL];
-        let used = PANEL.min(dim - p * PANEL);
-        for (j, to) in panel.chunks_exact_mut(PANEL).enumerate() {
-            to[..used].copy_from_slice(&rows[j * dim + p * PANEL..][..used]);
-            to[used..].fill(0.0);
-        }
-    }
-    keys * PANEL
 }

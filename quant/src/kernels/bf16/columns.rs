@@ -1,6 +1,6 @@
 //! Columns of packed weights as panels of bf16, for gradients.
 
-use super::{Factors, STEP, weights};
+use super::{Factors, STEP, rounded, weights};
 use crate::formats::Format;
 use crate::kernels::PANEL;
 use crate::kernels::codes256::{Codes, by_codes};
@@ -115,11 +115,12 @@ fn pack_codes<C: Codes>(
                 for r in 0..used {
                     let Factors { scale, min } = &factors[r];
                     // SAFETY: group `g` of row `2 pair + r`.
-                    unsafe {
+                    let codes = unsafe {
                         let at = data.as_ptr().add((2 * pair + r) * row_bytes + run * C::RUN);
-                        let codes = C::codes(at, g % 8);
-                        pairs[r] = weights::<C>(codes, [scale[i], scale[j]], [min[i], min[j]]);
-                    }
+                        C::codes(at, g % 8)
+                    };
+                    let [low, high] = weights::<C>(codes, [scale[i], scale[j]], [min[i], min[j]]);
+                    [pairs[r]] = rounded(low, high);
                 }
                 for (h, line) in interleave(pairs[0], pairs[1]).into_iter().enumerate() {
                     let to = &mut out[(2 * (g - first) + h) * ldb + pair * 2 * PANEL..][..2 * PANEL];
@@ -149,10 +150,8 @@ fn pack_weights<W: Weights>(
                 let row = &data[(2 * pair + r) * row_bytes..][..row_bytes];
                 let weights = W::group(row, columns.start / 32 + p / 2);
                 // SAFETY: 32 numbers.
-                pairs[r] = unsafe {
-                    let (low, high) = (_mm512_loadu_ps(weights.as_ptr()), _mm512_loadu_ps(weights.as_ptr().add(16)));
-                    std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-                };
+                let [low, high] = [0, 16].map(|at| unsafe { _mm512_loadu_ps(weights.as_ptr().add(at)) });
+                [pairs[r]] = rounded(low, high);
             }
             for (h, line) in interleave(pairs[0], pairs[1]).into_iter().enumerate().take(panels - p) {
                 let to = &mut out[(p + h) * ldb + pair * 2 * PANEL..][..2 * PANEL];

@@ -92,34 +92,86 @@ fn heads_over_halves_have_the_bits_of_the_plain_functions() {
     }
 }
 
+/// The numbers of bf16 that stand for `x`: what rounding leaves of it is rounded again.
+fn in_parts(x: f32, parts: usize) -> Vec<half::bf16> {
+    let mut rest = x;
+    let mut rounded = || {
+        let part = half::bf16::from_f32(rest);
+        rest -= part.to_f32();
+        part
+    };
+    (0..parts).map(|_| rounded()).collect()
+}
+
+/// The products of all parts but of second ones with each other, and the sum of their magnitudes.
+fn product_of_parts(x: &[Vec<half::bf16>], w: &[Vec<half::bf16>]) -> (f64, f64) {
+    let (mut want, mut size) = (0.0, 0.0);
+    for (x, w) in x.iter().zip(w) {
+        for (i, x) in x.iter().enumerate() {
+            for w in &w[..w.len().min(2 - i)] {
+                want += x.to_f64() * w.to_f64();
+                size += (x.to_f64() * w.to_f64()).abs();
+            }
+        }
+    }
+    (want, size)
+}
+
+/// The tables' kernels for bf16, in one part and in two.
+fn halves() -> Vec<(String, HalfKernels)> {
+    let tables = tables().into_iter();
+    tables.flat_map(|(isa, k)| [k.half, k.split].into_iter().flatten().map(move |half| (isa.clone(), half))).collect()
+}
+
+/// The rows of `x`, rounded.
+fn rounded_rows(half: &HalfKernels, x: &[f32], cols: usize) -> (Aligned<u16>, usize) {
+    let padded = (x.len() / cols).next_multiple_of(ROW_BLOCK);
+    let mut blocks = Aligned::<u16>::zeroed(padded * cols * half.parts);
+    for (x, block) in x.chunks(16 * cols).zip(blocks.chunks_exact_mut(16 * cols * half.parts)) {
+        (half.round)(x, cols, block);
+    }
+    (blocks, padded)
+}
+
 #[test]
 fn panels_of_bf16_are_the_weights_rounded_and_meet_many_rows() {
-    for (isa, kernels) in tables() {
-        let Some(half) = kernels.half else { continue };
+    for (isa, half) in halves() {
         let mut random = Random(24);
-        for format in coded() {
+        for format in coded().chain([Format::F32, Format::F16, Format::BF16]) {
+            let (parts, made) = (half.parts, half.weight_parts(format));
             for (cols, used) in all_lengths(format).into_iter().zip([16, 13, 1, 16, 5, 16, 16]) {
-                let data = random.rows(format, used, cols);
-                let mut panel = Aligned::<u16>::zeroed(cols * PANEL);
+                if !cols.is_multiple_of(32) {
+                    continue;
+                }
+                let data = match format.is_coded() {
+                    true => random.rows(format, used, cols),
+                    false => random.floats(format, used * cols),
+                };
+                let mut panel = Aligned::<u16>::zeroed(made * cols * PANEL);
                 panel.fill(77);
                 (half.pack)(format)(&data, used, cols, &mut panel);
-                let mut weights = vec![vec![0f32; cols]; PANEL];
+                let mut weights = vec![vec![vec![half::bf16::ZERO; made]; cols]; PANEL];
                 for (row, data) in weights.iter_mut().zip(data.chunks_exact(data.len() / used)) {
-                    format.decode(data, row);
+                    let mut decoded = vec![0f32; cols];
+                    format.decode(data, &mut decoded);
+                    *row = decoded.iter().map(|w| in_parts(*w, made)).collect();
+                    for (w, parts) in decoded.iter().zip(row) {
+                        let sum: f64 = parts.iter().map(|p| p.to_f64()).sum();
+                        let left = f64::from(*w) - sum;
+                        let room = if made == 2 { 1.0 / 131_072.0 } else { 1.0 / 256.0 };
+                        assert!(left.abs() <= room * f64::from(w.abs()), "{w} in {made} parts");
+                    }
                 }
-                let rounded = |r: usize, c: usize| half::bf16::from_f32(weights[r][c]);
                 for (i, got) in panel.iter().enumerate() {
+                    let (part, i) = (i / (cols * PANEL), i % (cols * PANEL));
                     let (pair, r, second) = (i / (2 * PANEL), i / 2 % PANEL, i % 2);
                     let got = half::bf16::from_bits(*got);
-                    assert_eq!(got, rounded(r, 2 * pair + second), "{isa} {format} {cols} row {r}");
+                    assert_eq!(got, weights[r][2 * pair + second][part], "{isa} {format} {cols} row {r} part {part}");
                 }
                 let n = 41;
                 let x = random.numbers(n * cols);
-                let padded = n.next_multiple_of(ROW_BLOCK);
-                let mut blocks = Aligned::<u16>::zeroed(padded * cols);
-                for (x, block) in x.chunks(16 * cols).zip(blocks.chunks_exact_mut(16 * cols)) {
-                    (half.round)(x, cols, block);
-                }
+                let (blocks, padded) = rounded_rows(&half, &x, cols);
+                let x: Vec<_> = x.iter().map(|x| in_parts(*x, parts)).collect();
                 let x_rows = HalfRows { all: &blocks, cols, padded };
                 for (panels, rows) in [(1, 0..41), (2, 0..32), (2, 32..41), (2, 0..5)] {
                     let stride = panels * PANEL + 3;
@@ -127,14 +179,66 @@ fn panels_of_bf16_are_the_weights_rounded_and_meet_many_rows() {
                     (half.mul)(&[&panel[..]; 2][..panels], x_rows, rows.clone(), &mut out, stride);
                     for (i, r) in rows.clone().enumerate() {
                         for o in 0..panels * PANEL {
-                            let (mut want, mut size) = (0.0, 0.0);
-                            for c in 0..cols {
-                                let x = half::bf16::from_f32(x[r * cols + c]).to_f64();
-                                let w = rounded(o % PANEL, c).to_f64();
-                                want += x * w;
-                                size += (x * w).abs();
-                            }
-                            assert_close(out[i * stride + o], (want, size), format_args!("{isa} {format} {r} {o}"));
+                            let want = product_of_parts(&x[r * cols..(r + 1) * cols], &weights[o % PANEL]);
+                            let what = format_args!("{isa} {format} {r} {o} in {parts} and {made}");
+                            assert_close(out[i * stride + o], want, what);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_f32_are_right_sides_in_bf16() {
+    for (isa, half) in halves() {
+        let mut random = Random(25);
+        for (n, wide, terms) in [(3, 16, 32usize), (35, 21, 50), (16, 7, 33), (40, 48, 64), (2, 1, 1)] {
+            let cols = terms.next_multiple_of(32);
+            let x = random.numbers(n * terms);
+            let mut rows = vec![0f32; n * cols];
+            for (to, from) in rows.chunks_exact_mut(cols).zip(x.chunks_exact(terms)) {
+                to[..terms].copy_from_slice(from);
+            }
+            let (blocks, padded) = rounded_rows(&half, &rows, cols);
+            let x_rows = HalfRows { all: &blocks, cols, padded };
+            let in_all = |x: &[f32]| -> Vec<_> { x.iter().map(|x| in_parts(*x, half.parts)).collect() };
+            // The right side once as `wide` rows of terms, and once as rows of `wide` columns for each term.
+            let stride = terms + 5;
+            let across = random.numbers(wide * stride);
+            let along: Vec<f32> = (0..terms * (wide + 3))
+                .map(|i| match (i / (wide + 3), i % (wide + 3)) {
+                    (term, column) if column < wide => across[column * stride + term],
+                    _ => 9.0,
+                })
+                .collect();
+            let (panels, ldb) = (wide.div_ceil(PANEL), cols * PANEL * half.parts);
+            for right in [false, true] {
+                let mut b = Aligned::<u16>::zeroed(panels * ldb);
+                b.fill(77);
+                if right {
+                    (half.pairs)(&along, wide + 3, terms, wide, ldb, &mut b);
+                } else {
+                    for (p, panel) in b.chunks_exact_mut(ldb).enumerate() {
+                        let used = PANEL.min(wide - p * PANEL);
+                        (half.across)(&across[p * PANEL * stride..], stride, used, terms, panel);
+                    }
+                }
+                for (p, panel) in b.chunks_exact(ldb).enumerate() {
+                    let mut out = vec![f32::NAN; n * PANEL];
+                    (half.mul)(&[panel], x_rows, 0..n, &mut out, PANEL);
+                    for r in 0..n {
+                        let left = in_all(&x[r * terms..(r + 1) * terms]);
+                        for o in 0..PANEL {
+                            let want = match p * PANEL + o {
+                                column if column < wide => {
+                                    product_of_parts(&left, &in_all(&across[column * stride..][..terms]))
+                                }
+                                _ => (0.0, 0.0),
+                            };
+                            let what = format_args!("{isa} {} parts, {n}x{terms}x{wide}, {right}: {r} {o}", half.parts);
+                            assert_close(out[r * PANEL + o], want, what);
                         }
                     }
                 }

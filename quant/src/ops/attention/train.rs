@@ -6,8 +6,8 @@
 //! strips of 16 queries are a right side.
 
 mod backward;
-mod tiles;
 
+use super::tiles::{Side, Tiles};
 use super::{Attention, add_slope, lanes_exp};
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
@@ -16,7 +16,6 @@ use crate::threads::Disjoint;
 pub use backward::AttentionGradients;
 use std::cell::RefCell;
 use std::ops::Range;
-use tiles::{Side, Tiles};
 
 /// Keys of a tile. A tile has as many queries: [`QUERIES`].
 const KEYS: usize = 64;
@@ -55,7 +54,6 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static ROUNDED_ROWS: RefCell<Aligned<f32>> = RefCell::default();
 }
 
 /// A head of a sequence.

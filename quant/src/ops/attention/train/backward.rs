@@ -1,6 +1,6 @@
 //! The gradients of queries, keys, values and sinks.
 
-use super::tiles::Side;
+use super::Side;
 use super::{AttentionRows, Head, KEYS, SCRATCH, check, gather};
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;

@@ -1,12 +1,17 @@
 //! Products of tiles: f32, or bf16 where the processor multiplies that faster and the caller allows it.
 
-use super::{Aligned, ROUNDED_ROWS};
+use crate::buffer::Aligned;
 use crate::kernels::{GemmShape, HalfKernels, HalfRows, Kernels, PANEL, ROW_BLOCK};
-use crate::ops::attention::panel_columns;
+use std::cell::RefCell;
+
+thread_local! {
+    static ROUNDED_ROWS: RefCell<Aligned<f32>> = RefCell::default();
+}
 
 /// How tiles are multiplied.
 pub(super) struct Tiles<'a> {
     pub kernels: &'a Kernels,
+    /// By these; else in f32.
     pub half: Option<HalfKernels>,
 }
 
@@ -31,7 +36,10 @@ impl Side {
     pub(super) fn reserve(&mut self, tiles: &Tiles<'_>, count: usize, rows: usize, columns: usize) {
         self.size = rows.next_multiple_of(ROW_BLOCK) * columns.next_multiple_of(ROW_BLOCK);
         match tiles.half {
-            Some(_) => self.half.reserve(count * self.size),
+            Some(half) => {
+                self.size *= half.parts;
+                self.half.reserve(count * self.size);
+            }
             None => self.floats.reserve(count * self.size),
         }
     }
@@ -51,12 +59,13 @@ impl Tiles<'_> {
         let Some(half) = self.half else { return Left::Floats(x, stride) };
         const BLOCK: usize = 16;
         let (cols, padded) = (terms.next_multiple_of(32), rows.next_multiple_of(ROW_BLOCK));
-        let out = &mut side.half[at * side.size..][..padded * cols];
+        let block_len = BLOCK * cols * half.parts;
+        let out = &mut side.half[at * side.size..][..padded * cols * half.parts];
         ROUNDED_ROWS.with_borrow_mut(|block| {
             block.reserve(BLOCK * cols);
             for first in (0..rows).step_by(BLOCK) {
                 let used = BLOCK.min(rows - first);
-                let to = &mut out[first * cols..(first + BLOCK) * cols];
+                let to = &mut out[first / BLOCK * block_len..][..block_len];
                 if stride == cols && terms == cols {
                     (half.round)(&x[first * cols..(first + used) * cols], cols, to);
                     continue;
@@ -99,7 +108,7 @@ impl Tiles<'_> {
                     (self.kernels.lanes.across)(&x[first * stride..], stride, used, terms, out);
                 }
                 Some(half) => {
-                    let out = &mut side.half[place + p * terms.next_multiple_of(32) * PANEL..];
+                    let out = &mut side.half[place + p * terms.next_multiple_of(32) * PANEL * half.parts..];
                     (half.across)(&x[first * stride..], stride, used, terms, out);
                 }
             }
@@ -110,11 +119,9 @@ impl Tiles<'_> {
     pub(super) fn along(&self, x: &[f32], rows: usize, columns: usize, side: &mut Side, at: usize) {
         let place = at * side.size;
         match self.half {
-            None => {
-                panel_columns(x, rows, columns, &mut side.floats[place..]);
-            }
+            None => panel_columns(x, rows, columns, &mut side.floats[place..]),
             Some(half) => {
-                let ldb = rows.next_multiple_of(32) * PANEL;
+                let ldb = rows.next_multiple_of(32) * PANEL * half.parts;
                 (half.pairs)(x, columns, rows, columns, ldb, &mut side.half[place..]);
             }
         }
@@ -141,7 +148,7 @@ impl Tiles<'_> {
             }
             (Left::Half(_), None) => unreachable!("rounded only with kernels for it"),
         };
-        let ldb = x.cols * PANEL;
+        let ldb = x.cols * PANEL * half.parts;
         let b = &right.half[place..];
         let into = |out: &mut [f32]| {
             for p in (0..n.div_ceil(PANEL)).step_by(2) {
@@ -155,6 +162,18 @@ impl Tiles<'_> {
                 into(spare);
                 (self.kernels.lanes.add)(&spare[..m * ldc], &mut c[..m * ldc]);
             }
+        }
+    }
+}
+
+/// `[keys][dim]` to panels `[dim / 16][keys][16]`.
+fn panel_columns(rows: &[f32], keys: usize, dim: usize, panels: &mut [f32]) {
+    for p in 0..dim.div_ceil(PANEL) {
+        let panel = &mut panels[p * keys * PANEL..(p + 1) * keys * PANEL];
+        let used = PANEL.min(dim - p * PANEL);
+        for (j, to) in panel.chunks_exact_mut(PANEL).enumerate() {
+            to[..used].copy_from_slice(&rows[j * dim + p * PANEL..][..used]);
+            to[used..].fill(0.0);
         }
     }
 }
