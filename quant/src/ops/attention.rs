@@ -243,7 +243,8 @@ impl Cpu {
                     continue;
                 }
                 let largest = (lanes.max)(row).max(most[i]);
-                let shrink = lanes_exp(most[i] - largest);
+                // Seldom does a later tile have the largest score.
+                let shrink = if largest == most[i] { 1.0 } else { lanes_exp(most[i] - largest) };
                 total[i] = total[i] * shrink + (lanes.exp_sum)(largest, row);
                 if shrink != 1.0 {
                     (lanes.scale)(shrink, &mut sums[i * padded..(i + 1) * padded]);
