@@ -297,6 +297,12 @@ impl Cpu {
                             let panel = panel * half.weight_parts(w.format);
                             let (a, b) = panels.half[2 * pair * panel..2 * (pair + 1) * panel].split_at(panel);
                             let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
+                            if let Some(mul_to) = half.mul_to.filter(|_| width == used * PANEL) {
+                                let to = out[i].pointer(start * w.rows + first..(end - 1) * w.rows + last);
+                                // SAFETY: a column range of the output belongs to one task.
+                                unsafe { mul_to(&[a, b][..used], x, start..end, to, w.rows) };
+                                continue;
+                            }
                             (half.mul)(&[a, b][..used], x, start..end, &mut tile, WIDTH);
                         }
                         Meet::Words(words) => {
@@ -368,6 +374,16 @@ mod tests {
                 };
                 let (one, plain) = product(usize::MAX);
                 assert_eq!(one, (1, 96));
+                let mut weights = vec![0f32; rows * cols];
+                format.decode(&data, &mut weights);
+                for (i, got) in plain.iter().enumerate() {
+                    let (x, w) = (&x[i / rows * cols..][..cols], &weights[i % rows * cols..][..cols]);
+                    let (want, size) = x
+                        .iter()
+                        .zip(w)
+                        .fold((0.0, 0.0), |(sum, size): (f32, f32), (x, w)| (x.mul_add(*w, sum), size + (x * w).abs()));
+                    assert!((got - want).abs() <= 0.01 * size, "{} {format}: {i} is {got}, not {want}", isa.name());
+                }
                 for (near, blocking) in [(51 << 10, (2, 32)), (70 << 10, (3, 32)), (20 << 10, (1, 96))] {
                     let (got, out) = product(near);
                     assert_eq!(got, blocking, "{near}");

@@ -288,6 +288,15 @@ impl<'a, T> Disjoint<'a, T> {
         // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
+
+    /// Where `range` begins, for what writes some of it while other tasks write the rest.
+    ///
+    /// # Panics
+    /// When the range is not inside the slice.
+    pub fn pointer(&self, range: std::ops::Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len, "range outside of the shared slice");
+        self.start.wrapping_add(range.start)
+    }
 }
 
 #[cfg(test)]

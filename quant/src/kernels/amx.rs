@@ -73,9 +73,9 @@ fn ask_permission() -> bool {
 pub(super) fn kernels() -> Kernels {
     Kernels {
         isa: Isa::Amx,
-        half: Some(bf16::kernels::<1>(mul::<1>)),
+        half: Some(bf16::kernels::<1>(mul::<1>, Some(mul_to::<1>))),
         half_columns: Some(bf16::COLUMNS),
-        split: Some(bf16::kernels::<2>(mul::<2>)),
+        split: Some(bf16::kernels::<2>(mul::<2>, Some(mul_to::<2>))),
         peaks: peaks::amx(),
         ..avx512::kernels()
     }
@@ -101,7 +101,21 @@ impl Config {
 }
 
 fn mul<const PARTS: usize>(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
-    let (cols, padded) = (x.cols, x.padded);
+    assert!(rows.is_empty() || out.len() >= (rows.len() - 1) * stride + panels.len() * PANEL);
+    // SAFETY: asserted above.
+    unsafe { mul_to::<PARTS>(panels, x, rows, out.as_mut_ptr(), stride) }
+}
+
+/// # Safety
+/// At `out` is a row of sums for each of `rows`, each `stride` behind the one before.
+unsafe fn mul_to<const PARTS: usize>(
+    panels: &[&[u16]],
+    x: HalfRows<'_>,
+    rows: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) {
+    let (cols, padded, width) = (x.cols, x.padded, panels.len() * PANEL);
     // With one panel the second tile of weights repeats the first and its products are left.
     let pair = [panels[0], panels.get(1).copied().unwrap_or(panels[0])];
     // A panel that is no longer than this has one part.
@@ -110,7 +124,6 @@ fn mul<const PARTS: usize>(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize
     assert!(cols.is_multiple_of(STEP) && pair.iter().all(|p| p.len() >= parts * part));
     assert!(rows.start.is_multiple_of(ROW_BLOCK) && rows.end <= padded && padded.is_multiple_of(ROW_BLOCK));
     assert!(x.all.len() >= PARTS * padded * cols);
-    assert!(rows.is_empty() || out.len() >= (rows.len() - 1) * stride + panels.len() * PANEL);
     let config = Config::new();
     // SAFETY: the processor has AMX and the process the permission; `config` is 64 bytes in the layout of palette 1.
     unsafe { asm!("ldtilecfg [{0}]", in(reg) &config, options(nostack, preserves_flags)) };
@@ -118,15 +131,15 @@ fn mul<const PARTS: usize>(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize
     for first in rows.clone().step_by(ROW_BLOCK) {
         let used = ROW_BLOCK.min(rows.end - first);
         let whole = used == ROW_BLOCK && panels.len() == 2;
-        let out = &mut out[(first - rows.start) * stride..];
-        let (to, distance) = if whole { (out.as_mut_ptr(), stride) } else { (edge.0.as_mut_ptr(), 2 * PANEL) };
         // SAFETY: 32 rows of `cols` numbers from `first` on, `cols * 16` numbers in each panel, in as many parts as are
-        // said, and 32 rows of 32 sums at `to`: asserted above, or the edge's own size.
-        unsafe { multiply::<PARTS>(x.all.as_ptr().add(first * cols * PARTS), cols, pair, parts, to, distance) };
-        if !whole {
-            for r in 0..used {
-                let width = panels.len() * PANEL;
-                out[r * stride..][..width].copy_from_slice(&edge.0[r * 2 * PANEL..][..width]);
+        // said (asserted above), and 32 rows of 32 sums: the edge's own, or the caller's. Of the edge are copied as many
+        // as the caller has.
+        unsafe {
+            let out = out.add((first - rows.start) * stride);
+            let (to, distance) = if whole { (out, stride) } else { (edge.0.as_mut_ptr(), 2 * PANEL) };
+            multiply::<PARTS>(x.all.as_ptr().add(first * cols * PARTS), cols, pair, parts, to, distance);
+            for r in if whole { 0..0 } else { 0..used } {
+                std::ptr::copy_nonoverlapping(edge.0.as_ptr().add(r * 2 * PANEL), out.add(r * stride), width);
             }
         }
     }

@@ -9,7 +9,7 @@ mod rows;
 
 use super::codes256::{Codes, by_codes};
 use super::floats512::{BF16, F16, F32, Floats};
-use super::{HalfKernels, HalfRows, MulHalf, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
+use super::{HalfKernels, HalfRows, MulHalf, MulHalfTo, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
 use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -31,11 +31,11 @@ pub(super) fn pays() -> bool {
     })
 }
 
-pub(super) const KERNELS: HalfKernels = kernels::<1>(mul);
+pub(super) const KERNELS: HalfKernels = kernels::<1>(mul, None);
 pub(super) const COLUMNS: fn(Format) -> PackHalfColumns = columns::columns;
 
-/// The kernels for so many [`HalfKernels::parts`], of which `mul` multiplies.
-pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf) -> HalfKernels {
+/// The kernels for so many [`HalfKernels::parts`], which `mul` and `mul_to` multiply.
+pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf, mul_to: Option<MulHalfTo>) -> HalfKernels {
     HalfKernels {
         parts: PARTS,
         round: round::<PARTS>,
@@ -43,6 +43,7 @@ pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf) -> HalfKernels {
         across: rows::across::<PARTS>,
         pairs: rows::pairs::<PARTS>,
         mul,
+        mul_to,
     }
 }
 

@@ -221,6 +221,13 @@ pub type PackHalf = fn(data: &[u8], rows: usize, cols: usize, out: &mut [u16]);
 /// [`MulPanels`] for bf16. The rows begin at a multiple of [`ROW_BLOCK`].
 pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
 
+/// [`MulHalf`] to wherever sums belong.
+///
+/// # Safety
+/// At `out` is a row of sums for each of `rows`, each `stride` behind the one before.
+pub type MulHalfTo =
+    unsafe fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<usize>, out: *mut f32, stride: usize);
+
 /// Kernels for many rows of bf16.
 ///
 /// With two `parts` a number is the sum of two of bf16, the second what rounding left of the first: 16 bits of it, nearly
@@ -243,6 +250,8 @@ pub struct HalfKernels {
     pub pairs: fn(rows: &[f32], stride: usize, used: usize, len: usize, ldb: usize, out: &mut [u16]),
     /// The products. A panel that is as long as one part has no second.
     pub mul: MulHalf,
+    /// The same, where each sum is written once and need not be near.
+    pub mul_to: Option<MulHalfTo>,
 }
 
 impl HalfKernels {
