@@ -6,7 +6,7 @@ use golden::{Steps, check, distance, options, shared};
 use rushlight::engine::Engine;
 use rushlight::merge::{attached, plan_directory, plan_gguf, write_directory};
 use rushlight::quantize::types::{Target, Wishes};
-use rushlight::quantize::write::{Options, write};
+use rushlight::quantize::write::{Change, Options, write};
 use rushlight_models::checkpoint::safetensors::{Entry, Writer};
 use rushlight_models::checkpoint::{Checkpoint, Kind};
 use rushlight_models::families::{Naming, Role, recognise};
@@ -18,7 +18,7 @@ use std::sync::atomic::AtomicBool;
 
 type Adapters = Vec<(PathBuf, f32)>;
 
-fn merge(source: &Path, adapters: &Adapters, out: &Path, target: &str) -> anyhow::Result<()> {
+fn merge(source: &Path, adapters: &Adapters, out: &Path, target: &str) -> anyhow::Result<Change> {
     let checkpoint = Checkpoint::open(source)?;
     let model = attached(&checkpoint, adapters)?;
     let stop = AtomicBool::new(false);
@@ -250,12 +250,27 @@ fn the_command_keeps_what_stays_and_refuses_what_it_cannot_do() {
     assert_eq!(status, 0, "{err}");
     let told: serde_json::Value = serde_json::from_str(&told).unwrap();
     assert_eq!((&told["merged"], &told["type"]), (&json!(1), &json!("Q8_0")));
-    assert!(err.contains("quantized in the source"), "{err}");
+    assert!(err.contains("quantized in the source") && !err.contains("is in the merged weights"), "{err}");
+    assert!((told["kept"].as_f64().unwrap() - 1.0).abs() < 0.05, "{told}");
     let (before, after) = (Checkpoint::open(Path::new(&base)).unwrap(), Checkpoint::open(Path::new(&merged)).unwrap());
     for info in before.tensors() {
         let (a, b) = (before.tensor(&info.name).unwrap(), after.tensor(&info.name).unwrap());
         assert_eq!(a.info, b.info);
         assert_eq!(a.data[..] == b.data[..], info.name != "blk.1.attn_output.weight", "{}", info.name);
+    }
+    // A change that is smaller than the steps of the type is rounded away, and that is said.
+    let coarse = path("coarse.gguf");
+    assert_eq!(rushlight(&["quantize", source, "-o", &coarse, "--type", "q4_0"]).0, 0);
+    for (target, least, most) in [("q4_0", -0.1, 0.5), ("f16", 0.99, 1.01)] {
+        let (adapter, merged) = (format!("{adapter}=0.005"), path(&format!("small-{target}.gguf")));
+        let args = ["merge", &coarse, "--adapter", &adapter, "-o", &merged, "--type", target, "--json"];
+        let (status, told, err) = rushlight(&args);
+        assert_eq!(status, 0, "{err}");
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        let kept = told["kept"].as_f64().unwrap();
+        assert!(least < kept && kept < most, "{target} {kept}");
+        assert_eq!(err.contains("is in the merged weights"), target == "q4_0", "{err}");
+        assert_eq!(told["notes"].to_string().contains("is in the merged weights"), target == "q4_0", "{told}");
     }
     // Without a type: F16.
     assert_eq!(rushlight(&["merge", &base, "--adapter", &adapter, "-o", &path("half.gguf")]).0, 0);

@@ -8,7 +8,7 @@ use crate::quantize::name::Naming;
 use crate::quantize::output;
 use crate::quantize::plan::{GivenImatrix, Plan};
 use crate::quantize::types::{Keep, Target, Wishes};
-use crate::quantize::write::{Options, Stopped, write};
+use crate::quantize::write::{Change, Options, Stopped, write};
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::imatrix::Imatrix;
@@ -63,6 +63,8 @@ struct Output {
     /// Bytes of all tensors, before and after.
     bytes_before: u64,
     bytes: u64,
+    /// The part of the change that the written weights have.
+    kept: Option<f64>,
     notes: Vec<String>,
     seconds: f64,
 }
@@ -90,10 +92,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         let directory = plan_directory(&checkpoint, &model, args.target.map(|t| t.format), &args.keep)?;
         drop(model);
         let mut progress = begin(&directory.plan, global);
-        write_directory(&directory, &checkpoint, &args.output, &options, &mut |done| progress.at(done, ""))
-            .map_err(interrupted)?;
+        let change =
+            write_directory(&directory, &checkpoint, &args.output, &options, &mut |done| progress.at(done, ""))
+                .map_err(interrupted)?;
         progress.finish();
-        return tell(args, &directory.plan, args.output.clone(), started);
+        return tell(args, global, &directory.plan, change, args.output.clone(), started);
     }
     let target = match args.target {
         Some(target) => target,
@@ -114,9 +117,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     }
     output::check(&path, &checkpoint)?;
     let mut progress = begin(&plan, global);
-    write(&plan, &checkpoint, &path, &options, &mut |done| progress.at(done, "")).map_err(interrupted)?;
+    let change = write(&plan, &checkpoint, &path, &options, &mut |done| progress.at(done, "")).map_err(interrupted)?;
     progress.finish();
-    tell(args, &plan, path, started)
+    tell(args, global, &plan, change, path, started)
 }
 
 /// Fails on options that a directory has no use for.
@@ -143,15 +146,33 @@ fn begin(plan: &Plan, global: &Global) -> Progress {
     Progress::bytes(global.quiet, "merging", plan.bytes().1, 0)
 }
 
-fn tell(args: &Args, plan: &Plan, path: PathBuf, started: Instant) -> Result<()> {
+/// Below this part of the change an adapter's work is hardly to be seen in the merged model.
+const HARDLY: f64 = 0.8;
+
+fn tell(args: &Args, global: &Global, plan: &Plan, change: Change, path: PathBuf, started: Instant) -> Result<()> {
     let (bytes, bytes_before) = plan.bytes();
+    let kept = change.kept();
+    let mut notes = plan.notes.clone();
+    if let Some(kept) = kept.filter(|kept| *kept < HARDLY) {
+        let note = format!(
+            "of what the adapters change, {:.0} % is in the merged weights: the steps of {} are coarser than the rest. Choose \
+             --type F16 or Q8_0, or keep the adapter beside the model (--adapter)",
+            100.0 * kept.max(0.0),
+            plan.target.name
+        );
+        if !global.quiet {
+            writeln!(std::io::stderr(), "note: {note}").ok();
+        }
+        notes.push(note);
+    }
     let summary = Output {
         target: plan.target.name,
         tensors: plan.tensors.len(),
         merged: plan.tensors.iter().filter(|t| t.fold.is_some()).count(),
         bytes_before,
         bytes,
-        notes: plan.notes.clone(),
+        kept,
+        notes,
         seconds: started.elapsed().as_secs_f64(),
         path,
     };
@@ -160,6 +181,7 @@ fn tell(args: &Args, plan: &Plan, path: PathBuf, started: Instant) -> Result<()>
     }
     let mut out = std::io::stdout();
     let Output { merged, tensors, target, seconds, .. } = &summary;
-    writeln!(out, "{merged} of {tensors} tensors merged, {} -> {}", size(bytes_before), size(bytes))?;
+    let kept = kept.map_or_else(String::new, |kept| format!(", {:.0} % of the change kept", 100.0 * kept.max(0.0)));
+    writeln!(out, "{merged} of {tensors} tensors merged, {} -> {}{kept}", size(bytes_before), size(bytes))?;
     Ok(writeln!(out, "{} ({target}) in {seconds:.1} s", summary.path.display())?)
 }

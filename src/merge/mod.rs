@@ -2,7 +2,7 @@
 
 use crate::quantize::plan::{GivenImatrix, Plan, Planned};
 use crate::quantize::types::{Keep, Target, Wishes};
-use crate::quantize::write::{Options, stream};
+use crate::quantize::write::{Change, Options, stream};
 use anyhow::{Context, Result, bail};
 use rushlight_models::adapter;
 use rushlight_models::checkpoint::export::FloatWriter;
@@ -159,13 +159,14 @@ pub fn write_directory(
     output: &Path,
     options: &Options,
     progress: &mut dyn FnMut(u64),
-) -> Result<()> {
+) -> Result<Change> {
     let Directory { plan, config } = directory;
     let infos = plan.tensors.iter().map(|t| TensorInfo { format: t.format, ..t.source.info() });
     let infos: Vec<TensorInfo> = infos.collect();
     let mut writer = FloatWriter::create(checkpoint, output, &infos, config.clone())?;
-    stream(plan, checkpoint, output, options, progress, &mut |name, bytes| writer.write(name, bytes))?;
-    Ok(writer.finish()?)
+    let change = stream(plan, checkpoint, output, options, progress, &mut |name, bytes| writer.write(name, bytes))?;
+    writer.finish()?;
+    Ok(change)
 }
 
 /// The tensor as it stands.

@@ -46,6 +46,33 @@ impl std::fmt::Display for Stopped {
 
 impl std::error::Error for Stopped {}
 
+/// What adapters change in the weights, and what of that is written: steps that are coarser than the change round it away.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Change {
+    /// The squares of the changes, summed.
+    asked: f64,
+    /// Their products with what the written weights differ by.
+    made: f64,
+}
+
+impl Change {
+    /// The part of the change that is written, some 1 where nothing is lost; `None` where nothing was to be changed.
+    pub fn kept(&self) -> Option<f64> {
+        (self.asked > 0.0).then(|| self.made / self.asked)
+    }
+
+    /// Of weights that were `before` and should be `after`.
+    fn new(before: &[f32], after: &[f32], written: &[f32]) -> Change {
+        let mut change = Change::default();
+        for ((before, after), written) in before.iter().zip(after).zip(written) {
+            let asked = f64::from(*after) - f64::from(*before);
+            change.asked += asked * asked;
+            change.made += asked * (f64::from(*written) - f64::from(*before));
+        }
+        change
+    }
+}
+
 /// Writes `plan`, made for `checkpoint`, as the GGUF file `output`, which appears when it is whole. `progress` is told
 /// how many bytes of the source are done.
 pub fn write(
@@ -54,15 +81,16 @@ pub fn write(
     output: &Path,
     options: &Options,
     progress: &mut dyn FnMut(u64),
-) -> Result<()> {
+) -> Result<Change> {
     let infos: Vec<TensorInfo> = plan
         .tensors
         .iter()
         .map(|t| TensorInfo { name: t.source.name.clone(), format: t.format, shape: t.source.shape.clone() })
         .collect();
     let mut writer = gguf::Writer::create(output, &plan.metadata, &infos)?;
-    stream(plan, checkpoint, output, options, progress, &mut |name, bytes| writer.write(name, bytes))?;
-    writer.finish().map_err(|e| explain(e, output, plan))
+    let change = stream(plan, checkpoint, output, options, progress, &mut |name, bytes| writer.write(name, bytes))?;
+    writer.finish().map_err(|e| explain(e, output, plan))?;
+    Ok(change)
 }
 
 /// Encodes the tensors of `plan` and gives their bytes to `write`, in order, each with its tensor's name. `output`, what is
@@ -74,7 +102,7 @@ pub fn stream(
     options: &Options,
     progress: &mut dyn FnMut(u64),
     write: &mut dyn FnMut(&str, &[u8]) -> rushlight_models::Result<()>,
-) -> Result<()> {
+) -> Result<Change> {
     let threads = options.threads.max(1);
     let window = threads * 4;
     let piece = piece_weights(plan, threads, window, options.memory)?;
@@ -87,7 +115,7 @@ pub fn stream(
         place: Mutex::new(Place::default()),
         moved: Condvar::new(),
     };
-    std::thread::scope(|scope| -> Result<()> {
+    std::thread::scope(|scope| -> Result<Change> {
         // However this ends, the threads end too.
         let _ending = Ending(&line);
         let (sender, results) = mpsc::channel();
@@ -102,13 +130,17 @@ pub fn stream(
         drop(sender);
         let mut early = BTreeMap::new();
         let (mut due, mut done) = (0, 0);
+        let mut total = Change::default();
         for result in results {
             if options.stop.load(Ordering::Relaxed) {
                 return Err(Stopped.into());
             }
-            let Encoded { number, piece, bytes } = result?;
-            early.insert(number, (piece, bytes));
-            while let Some((piece, bytes)) = early.remove(&due) {
+            let Encoded { number, piece, bytes, change } = result?;
+            early.insert(number, (piece, bytes, change));
+            while let Some((piece, bytes, change)) = early.remove(&due) {
+                // In the order of the file, so that the last digit does not depend on threads.
+                total.asked += change.asked;
+                total.made += change.made;
                 let tensor = &plan.tensors[piece.tensor];
                 write(&tensor.source.name, &bytes).map_err(|e| explain(e, output, plan))?;
                 done += piece.source_bytes;
@@ -120,7 +152,7 @@ pub fn stream(
             }
             progress(done);
         }
-        Ok(())
+        Ok(total)
     })
 }
 
@@ -171,6 +203,7 @@ struct Encoded {
     number: usize,
     piece: Piece,
     bytes: Vec<u8>,
+    change: Change,
 }
 
 /// Where the threads are in the plan.
@@ -291,6 +324,7 @@ impl Line<'_> {
     fn encode(&self, task: Task, weights: &mut Vec<f32>) -> Result<Encoded> {
         let Task { number, piece, source, finished, buffer: mut bytes } = task;
         let tensor = &self.plan.tensors[piece.tensor];
+        let mut change = Change::default();
         bytes.clear();
         if finished {
             bytes.extend_from_slice(&source);
@@ -301,9 +335,11 @@ impl Line<'_> {
             if let Some(order) = &tensor.order {
                 restore(order, weights);
             }
-            if let Some(fold) = &tensor.fold {
+            let before = tensor.fold.as_ref().map(|fold| {
+                let before = weights.clone();
                 fold.apply(piece.rows.clone(), weights);
-            }
+                before
+            });
             // Without branches, so that it takes no time.
             if !weights.iter().fold(true, |all, w| all & w.is_finite()) {
                 return Err(not_finite(tensor, &piece, weights).context(self.checkpoint.path().display().to_string()));
@@ -322,9 +358,14 @@ impl Line<'_> {
                 encode(tensor.format, weights, cols, importance, &mut bytes);
                 check_range(tensor, &piece, weights, &bytes)?;
             }
+            if let Some(before) = before {
+                let mut written = vec![0.0; weights.len()];
+                tensor.format.decode(&bytes, &mut written);
+                change = Change::new(&before, weights, &written);
+            }
         }
         source.release();
-        Ok(Encoded { number, piece, bytes })
+        Ok(Encoded { number, piece, bytes, change })
     }
 
     /// A tensor is written: the memory that its source takes goes back.
