@@ -402,8 +402,8 @@ pub struct Peaks {
 
 /// Has the processor bring all of `data` closer. What is then read in short pieces of many rows does not wait for memory
 /// at each of them.
-pub(crate) fn fetch(data: &[u8]) {
-    for line in data.chunks(64) {
+pub(crate) fn fetch<T>(data: &[T]) {
+    for line in data.chunks(64 / size_of::<T>()) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: every x86-64 processor has it, and it changes nothing.
         unsafe {

@@ -3,7 +3,7 @@
 
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
-use crate::kernels::{GemmShape, PANEL};
+use crate::kernels::{GemmShape, PANEL, fetch};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -12,6 +12,8 @@ use std::ops::Range;
 const DEPTH: usize = 512;
 /// Rows of the output that one task computes.
 const HIGH: usize = 48;
+/// Rows that are fetched ahead where a piece of each is read.
+const AHEAD: usize = 16;
 /// Columns of a weight's gradient (or rows, where it has more of them) that one task computes.
 const WIDE: usize = 32;
 
@@ -184,6 +186,9 @@ impl Cpu {
         let panel = &mut panel[..len * PANEL];
         if side.across {
             for (term, to) in terms.zip(panel.as_chunks_mut::<PANEL>().0) {
+                // Of each row only a piece is read, so the processor does not guess the next.
+                let ahead = (term + AHEAD) * side.stride + range.start;
+                fetch(side.data.get(ahead..ahead + used).unwrap_or(&[]));
                 let from = &side.data[term * side.stride + range.start..];
                 match from.first_chunk::<PANEL>().filter(|_| used == PANEL) {
                     Some(from) => *to = from.map(|x| scale * x),
