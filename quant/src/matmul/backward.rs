@@ -8,7 +8,7 @@ use super::Matrix;
 use crate::buffer::Aligned;
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, PackHalfColumns, ROW_BLOCK};
+use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, PackHalfColumns, ROW_BLOCK, fetch};
 use crate::threads::Disjoint;
 use std::cell::RefCell;
 
@@ -118,6 +118,10 @@ impl Cpu {
                                 let last = columns.end.min(first + 2 * PANEL);
                                 let (a, b) = half[(first - columns.start) * depth..].split_at(depth * PANEL);
                                 let panels = &[a, b][..(last - first).div_ceil(PANEL)];
+                                for r in start..end {
+                                    // SAFETY: as below.
+                                    fetch(unsafe { dx.slice(r * w.cols + first..r * w.cols + last) });
+                                }
                                 (kernels.mul)(panels, dy, start..end, tile, 2 * PANEL);
                                 for (r, sums) in (start..end).zip(tile.chunks_exact(2 * PANEL)) {
                                     // SAFETY: a range of columns belongs to one task.
