@@ -155,8 +155,9 @@ fn tell(args: &Args, global: &Global, plan: &Plan, change: Change, path: PathBuf
     let mut notes = plan.notes.clone();
     if let Some(kept) = kept.filter(|kept| *kept < HARDLY) {
         let note = format!(
-            "of what the adapters change, {:.0} % is in the merged weights: the steps of {} are coarser than the rest. Choose \
-             --type F16 or Q8_0, or keep the adapter beside the model (--adapter)",
+            "of what the adapters change, {:.0} % is in the merged weights: the steps of {} are coarser than the rest. Keep the \
+             adapter beside the model (--adapter), or choose --type Q8_0, or F16 and then `rushlight quantize --method gptq`, \
+             whose codes work together",
             100.0 * kept.max(0.0),
             plan.target.name
         );
