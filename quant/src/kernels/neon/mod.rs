@@ -63,6 +63,8 @@ pub(crate) fn kernels_at(level: Level) -> Kernels {
         f32_to_f16,
         half_heads: None,
         half: None,
+        half_columns: None,
+        split: None,
         words: None,
         peaks: Peaks::default(),
         lanes: lanes::PLAIN,
