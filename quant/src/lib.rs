@@ -15,4 +15,4 @@ pub mod threads;
 pub use cpu::{Cpu, physical_cores};
 pub use kernels::Isa;
 pub use limits::PeakArithmetic;
-pub use matmul::{Matrix, Phase, PromptRounding};
+pub use matmul::{Back, Down, Matrix, Phase, PromptRounding, Up};

@@ -23,6 +23,7 @@
 mod backward;
 mod few;
 mod floats;
+mod low_rank;
 mod panels;
 mod rounded;
 
@@ -31,6 +32,8 @@ use crate::formats::Format;
 use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, ROW_BLOCK, WordKernels};
 use crate::threads::Disjoint;
 pub(crate) use few::Order;
+use low_rank::Tail;
+pub use low_rank::{Back, Down, Up};
 use panels::Panels;
 use rounded::{Rounded, Rounding};
 use std::cell::RefCell;
@@ -180,11 +183,12 @@ impl Cpu {
                     let run = first..first + 1 + same;
                     match meets[first] {
                         Meet::Floats => {}
-                        Meet::Half(half) => rounded.round_half(self, &half, x, n, cols),
+                        Meet::Half(half) => rounded.round_half(self, &half, x, n, cols, 0),
                         Meet::Words(words) => rounded.round_words(self, &words, x, n, cols),
                         Meet::Codes(rounding) => rounded.quantize(self, x, n, cols, rounding),
                     }
-                    self.many_rows(x, rounded, n, &weights[run.clone()], meets[first], &disjoint(&mut out[run]));
+                    let (weights, tail) = (&weights[run.clone()], Tail::default());
+                    self.many_rows(x, rounded, n, weights, meets[first], tail, &disjoint(&mut out[run]));
                 }
             }
         });
@@ -255,6 +259,7 @@ impl Cpu {
         n: usize,
         weights: &[Matrix<'_>],
         meet: Meet,
+        tail: Tail<'_>,
         out: &[Disjoint<'_, f32>],
     ) {
         let blocking = |w: &Matrix<'_>| self.blocking(n, w, meet.width());
@@ -269,7 +274,7 @@ impl Cpu {
                 let mut second = [0f32; BLOCK * WIDTH];
                 match meet {
                     Meet::Floats => panels.unpack_floats(self, w, &rows),
-                    Meet::Half(half) => panels.unpack_half(&half, w, &rows),
+                    Meet::Half(half) => panels.unpack_half(&half, w, &rows, tail),
                     Meet::Words(words) => panels.unpack_words(&words, w, &rows),
                     Meet::Codes(_) => panels.unpack_codes(self, w, &rows),
                 }
@@ -294,9 +299,10 @@ impl Cpu {
                             (self.kernels.gemm)(shape, &x[start * cols..end * cols], panels, &mut tile);
                         }
                         Meet::Half(half) => {
-                            let panel = panel * half.weight_parts(w.format);
+                            let panel = panel * half.weight_parts(w.format) + tail.width * PANEL;
                             let (a, b) = panels.half[2 * pair * panel..2 * (pair + 1) * panel].split_at(panel);
-                            let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
+                            let (cols, padded) = (cols + tail.width, n.next_multiple_of(ROW_BLOCK));
+                            let x = HalfRows { all: &rounded.half, cols, padded };
                             if let Some(mul_to) = half.mul_to.filter(|_| width == used * PANEL) {
                                 let to = out[i].pointer(start * w.rows + first..(end - 1) * w.rows + last);
                                 // SAFETY: a column range of the output belongs to one task.

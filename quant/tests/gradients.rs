@@ -4,8 +4,8 @@ mod random;
 
 use random::{Random, bf16, decode, differences, wide};
 use rushlight_quant::formats::Format;
-use rushlight_quant::ops::{Activation, RopeLayout};
-use rushlight_quant::{Cpu, Isa, Matrix};
+use rushlight_quant::ops::{Activation, RopeLayout, Waiting};
+use rushlight_quant::{Back, Cpu, Down, Isa, Matrix, Up};
 
 fn all() -> Vec<Cpu> {
     Isa::ALL.into_iter().filter(|isa| isa.available()).map(|isa| Cpu::new(2, isa)).collect()
@@ -129,6 +129,183 @@ fn products_with_trained_matrices() {
                 let both: Vec<f64> = weights.0.iter().map(|w| 2.0 * w).collect();
                 near(&twice, &both, &weights.1, 4e-6, &what);
                 assert_eq!(first.get_or_insert_with(|| got.clone()), &got, "{what}: {threads} threads");
+            }
+        }
+    }
+}
+
+/// Matrices with adapters: (format, rows, which of the downs).
+struct Adapted {
+    n: usize,
+    cols: usize,
+    ranks: Vec<usize>,
+    matrices: Vec<(Format, usize, Option<usize>)>,
+}
+
+fn check_adapters(case: &Adapted, seed: u64) {
+    let Adapted { n, cols, ranks, matrices } = case;
+    let (n, cols, scale) = (*n, *cols, 0.5f32);
+    let mut random = Random(seed);
+    let data: Vec<_> = matrices.iter().map(|(f, rows, _)| random.weights(*f, *rows, cols)).collect();
+    let views: Vec<_> =
+        matrices.iter().zip(&data).map(|((f, rows, _), d)| Matrix::new(*f, *rows, cols, d).unwrap()).collect();
+    let (x, before) = (random.normals(n * cols), random.normals(n * cols));
+    let downs: Vec<_> = ranks.iter().map(|rank| random.normals(rank * cols)).collect();
+    let b: Vec<_> = matrices.iter().map(|(_, rows, d)| d.map(|d| random.normals(rows * ranks[d]))).collect();
+    let dys: Vec<_> = matrices.iter().map(|(_, rows, _)| random.normals(n * rows)).collect();
+    let ups: Vec<_> = matrices
+        .iter()
+        .zip(&b)
+        .map(|((.., down), b)| down.map(|down| Up { b: b.as_ref().unwrap(), rank: ranks[down], scale, down }))
+        .collect();
+    let halves = |x: &[f32]| x.iter().map(|x| bf16(*x)).collect::<Vec<_>>();
+    let rounded = halves(&x);
+    // What is exact here but for the rounding of activations, gradients and weights, and the magnitudes of its terms.
+    let lows: Vec<_> = downs
+        .iter()
+        .zip(ranks)
+        .map(|(a, rank)| product([n, *rank, cols], |r, c| rounded[r * cols + c], |c, k| f64::from(a[k * cols + c])))
+        .collect();
+    let mut dlows: Vec<_> = ranks.iter().map(|rank| (vec![0.0; n * rank], vec![0.0; n * rank])).collect();
+    let mut dx = (vec![0.0; n * cols], vec![0.0; n * cols]);
+    let add = |to: &mut (Vec<f64>, Vec<f64>), what: (Vec<f64>, Vec<f64>)| {
+        to.0.iter_mut().zip(what.0).for_each(|(to, what)| *to += what);
+        to.1.iter_mut().zip(what.1).for_each(|(to, what)| *to += what);
+    };
+    let mut ys = Vec::new();
+    for (i, (format, rows, down)) in matrices.iter().enumerate() {
+        let (w, dy, rows) = (halves(&decode(*format, *rows, cols, &data[i])), halves(&dys[i]), *rows);
+        let mut y = product([n, rows, cols], |r, c| rounded[r * cols + c], |c, o| w[o * cols + c]);
+        add(&mut dx, product([n, cols, rows], |r, o| dy[r * rows + o], |o, c| w[o * cols + c]));
+        if let (Some(down), Some(b)) = (down, &b[i]) {
+            let (rank, b) = (ranks[*down], |o: usize, k: usize| f64::from(scale * b[o * ranks[*down] + k]));
+            let low = &lows[*down];
+            let adapter = product([n, rows, rank], |r, k| low.0[r * rank + k], |k, o| b(o, k));
+            let size = product([n, rows, rank], |r, k| low.1[r * rank + k], |k, o| b(o, k)).1;
+            add(&mut y, (adapter.0, size));
+            let dlow = product([n, rank, rows], |r, o| dy[r * rows + o], |o, k| b(o, k));
+            let a = &downs[*down];
+            let wide = product([n, cols, rank], |r, k| dlow.0[r * rank + k], |k, c| f64::from(a[k * cols + c]));
+            let size = product([n, cols, rank], |r, k| dlow.1[r * rank + k], |k, c| f64::from(a[k * cols + c])).1;
+            add(&mut dx, (wide.0, size));
+            add(&mut dlows[*down], dlow);
+        }
+        ys.push(y);
+    }
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+        if !views.iter().all(|w| Cpu::new(1, isa).takes_adapters_along(w)) {
+            continue;
+        }
+        let mut first: Option<Vec<Vec<f32>>> = None;
+        for threads in [1, 2, 3] {
+            let (cpu, what) = (Cpu::new(threads, isa), format!("{} [{n}, {cols}] {ranks:?}", isa.name()));
+            let mut out: Vec<Vec<f32>> = matrices.iter().map(|(_, rows, _)| vec![f32::NAN; n * rows]).collect();
+            let mut low: Vec<Vec<f32>> = ranks.iter().map(|rank| vec![f32::NAN; n * rank]).collect();
+            let sides = downs.iter().zip(ranks).zip(&mut low).map(|((a, rank), low)| Down { a, rank: *rank, low });
+            let mut outs: Vec<&mut [f32]> = out.iter_mut().map(|out| &mut out[..]).collect();
+            cpu.matmul_adapted(&x, n, &views, &ups, &mut sides.collect::<Vec<_>>(), &mut outs);
+            let back = |dx: &mut Option<Vec<f32>>| {
+                let mut dlow: Vec<Vec<f32>> = ranks.iter().map(|rank| vec![0.0; n * rank]).collect();
+                let mut dbs: Vec<Vec<f32>> = b.iter().map(|b| vec![0.0; b.as_ref().map_or(0, Vec::len)]).collect();
+                for (i, (.., down)) in matrices.iter().enumerate() {
+                    let dx = dx.as_deref_mut();
+                    match (down, &b[i]) {
+                        (Some(down), Some(b)) => {
+                            let adapter = Back {
+                                a: &downs[*down],
+                                b,
+                                rank: ranks[*down],
+                                scale,
+                                low: &low[*down],
+                                dlow: &mut dlow[*down],
+                                db: &mut dbs[i],
+                            };
+                            cpu.matmul_backward_adapted(&dys[i], n, &views[i], adapter, dx);
+                        }
+                        _ => dx.into_iter().for_each(|dx| cpu.matmul_backward(&[&dys[i]], n, &[views[i]], dx)),
+                    }
+                }
+                [dlow, dbs]
+            };
+            let mut got_dx = Some(before.clone());
+            let [dlow, dbs] = back(&mut got_dx);
+            let got_dx = got_dx.unwrap();
+            assert_eq!(back(&mut None), [dlow.clone(), dbs.clone()], "{what}: without a gradient at the input");
+            for (i, (.., down)) in matrices.iter().enumerate() {
+                let Some(down) = down else { continue };
+                let (rank, rows) = (ranks[*down], matrices[i].1);
+                let dy = |o, r: usize| bf16(scale * dys[i][r * rows + o]);
+                let want = product([rows, rank, n], dy, |r, k| f64::from(low[*down][r * rank + k]));
+                near(&dbs[i], &want.0, &want.1, 3e-5, &format!("{what}: gradient of B {i}"));
+            }
+            for (i, (got, want)) in out.iter().zip(&ys).enumerate() {
+                near(got, &want.0, &want.1, 3e-5, &format!("{what}: output {i}"));
+            }
+            for (got, want) in low.iter().zip(&lows).chain(dlow.iter().zip(&dlows)) {
+                near(got, &want.0, &want.1, 3e-5, &format!("{what}: narrow side"));
+            }
+            let sums: Vec<f32> = got_dx.iter().zip(&before).map(|(after, before)| after - before).collect();
+            near(&sums, &dx.0, &dx.1, 3e-5, &format!("{what}: gradient of the input"));
+            let all: Vec<Vec<f32>> = [out, low, dlow, dbs, vec![got_dx]].concat();
+            assert_eq!(first.get_or_insert_with(|| all.clone()), &all, "{what}: {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn adapters_go_along_with_products() {
+    let case = |n, cols, ranks: &[usize], matrices: &[_]| Adapted {
+        n,
+        cols,
+        ranks: ranks.to_vec(),
+        matrices: matrices.to_vec(),
+    };
+    check_adapters(&case(37, 64, &[8], &[(Format::Q4_0, 50, Some(0))]), 21);
+    // Three that share an input, one without an adapter; two halves of a matrix that share theirs.
+    let three = [(Format::Q4_K, 100, Some(1)), (Format::Q6_K, 32, None), (Format::Q4_K, 33, Some(0))];
+    check_adapters(&case(130, 256, &[8, 8], &three), 22);
+    check_adapters(&case(98, 96, &[4], &[(Format::Q8_0, 70, Some(0)), (Format::Q4_1, 40, Some(0))]), 23);
+    // Ranks beside each other, more terms than go at a time, one row.
+    check_adapters(&case(65, 32, &[1, 16], &[(Format::Q5_0, 2100, Some(1)), (Format::Q8_0, 40, Some(0))]), 24);
+    check_adapters(&case(1, 512, &[64], &[(Format::IQ4_XS, 130, Some(0))]), 25);
+}
+
+#[test]
+fn gradients_of_adapters_that_go_along() {
+    let mut random = Random(26);
+    for (n, rank, cols) in [(37, 8, 576), (130, 3, 32), (2100, 4, 96), (70, 64, 224), (1, 1, 32)] {
+        let (x, dlow) = (random.normals(n * cols), random.normals(n * rank));
+        for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+            let mut first: Option<Vec<f32>> = None;
+            for threads in [1, 2, 3] {
+                let cpu = Cpu::new(threads, isa);
+                if !cpu.rounds_gradients(Format::Q8_0) {
+                    continue;
+                }
+                let what = format!("{} [{n}, {rank}, {cols}]", isa.name());
+                let (mut half, mut quarter) = (vec![0.0; Cpu::half_len(x.len())], vec![0.0; Cpu::quarter_len(x.len())]);
+                cpu.halve(&x, &mut half);
+                cpu.quarter(&x, &mut quarter);
+                for waiting in [Waiting::Whole(&x), Waiting::Half(&half), Waiting::Quarter(&quarter)] {
+                    let mut there = x.clone();
+                    match waiting {
+                        Waiting::Half(_) => cpu.unhalve(&half, &mut there),
+                        Waiting::Quarter(_) => cpu.unquarter(&quarter, &mut there),
+                        Waiting::Whole(_) => {}
+                    }
+                    let column = |k, r: usize| f64::from(dlow[r * rank + k]);
+                    let want = product([rank, cols, n], column, |r, c| bf16(there[r * cols + c]));
+                    let mut got = vec![0.0; rank * cols];
+                    cpu.adapter_gradient(&dlow, waiting, n, rank, cols, &mut got);
+                    near(&got, &want.0, &want.1, 3e-5, &what);
+                    let once = got.clone();
+                    cpu.adapter_gradient(&dlow, waiting, n, rank, cols, &mut got);
+                    let both: Vec<f64> = want.0.iter().map(|w| 2.0 * w).collect();
+                    near(&got, &both, &want.1, 6e-5, &what);
+                    if let Waiting::Whole(_) = waiting {
+                        assert_eq!(first.get_or_insert_with(|| once.clone()), &once, "{what}: {threads} threads");
+                    }
+                }
             }
         }
     }

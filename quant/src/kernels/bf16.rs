@@ -42,6 +42,7 @@ pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf, mul_to: Option<Mul
         pack: pack::<PARTS>,
         across: rows::across::<PARTS>,
         pairs: rows::pairs::<PARTS>,
+        turn: rows::turn,
         mul,
         mul_to,
     }

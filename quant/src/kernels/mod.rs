@@ -248,6 +248,9 @@ pub struct HalfKernels {
     /// `used` rows of `len` f32, `stride` apart, as panels `[parts][used / 2][16][2]` at distance `ldb`: a right side whose
     /// rows they are. Rows up to a multiple of 32, and columns of a panel behind the last, are zeros.
     pub pairs: fn(rows: &[f32], stride: usize, used: usize, len: usize, ldb: usize, out: &mut [u16]),
+    /// 32 columns of rows in one part, from column `32 * step` on, as two panels `[padded / 2][16][2]`, one behind the other:
+    /// a right side whose rows they are.
+    pub turn: fn(x: HalfRows<'_>, step: usize, out: &mut [u16]),
     /// The products. A panel that is as long as one part has no second.
     pub mul: MulHalf,
     /// The same, where each sum is written once and need not be near.

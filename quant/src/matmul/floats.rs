@@ -208,7 +208,7 @@ impl Cpu {
     }
 }
 
-fn check(x: &[f32], n: usize, w: &[f32], y: &[f32], rows: usize, cols: usize) {
+pub(super) fn check(x: &[f32], n: usize, w: &[f32], y: &[f32], rows: usize, cols: usize) {
     assert_eq!(x.len(), n * cols, "inputs are not [n, cols]");
     assert_eq!(w.len(), rows * cols, "weights are not [rows, cols]");
     assert_eq!(y.len(), n * rows, "outputs are not [n, rows]");

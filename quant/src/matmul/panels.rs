@@ -1,6 +1,7 @@
 //! Weight rows unpacked into cache, sixteen to a panel, for the products with many rows.
 
 use super::Matrix;
+use super::low_rank::Tail;
 use crate::buffer::{Aligned, Number};
 use crate::cpu::Cpu;
 use crate::formats::Format;
@@ -97,11 +98,14 @@ impl Panels {
         })
     }
 
-    pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &Range<usize>) {
-        let len = w.cols * PANEL * kernels.weight_parts(w.format);
+    pub(super) fn unpack_half(&mut self, kernels: &HalfKernels, w: &Matrix<'_>, rows: &Range<usize>, tail: Tail<'_>) {
+        let own = w.cols * PANEL * kernels.weight_parts(w.format);
+        let len = own + tail.width * PANEL;
         self.half.reserve(whole(rows) * len);
         for (p, used, data) in parts(w, rows) {
-            (kernels.pack)(w.format)(data, used, w.cols, &mut self.half[p * len..(p + 1) * len]);
+            let (panel, behind) = self.half[p * len..(p + 1) * len].split_at_mut(own);
+            (kernels.pack)(w.format)(data, used, w.cols, panel);
+            tail.pack(kernels, rows.start + p * PANEL, used, behind);
         }
     }
 

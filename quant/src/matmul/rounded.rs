@@ -125,15 +125,25 @@ impl Rounded {
         WordRows { q: &self.words, d: &self.d, s16: &self.s16, s32: &self.s32, cols }
     }
 
-    /// Rounds the `n` rows of `x` to bf16.
-    pub(super) fn round_half(&mut self, cpu: &Cpu, kernels: &HalfKernels, x: &[f32], n: usize, cols: usize) {
-        let row = cols * kernels.parts;
+    /// Rounds the `n` rows of `x` to bf16, with a tail of so many zeros.
+    pub(super) fn round_half(
+        &mut self,
+        cpu: &Cpu,
+        kernels: &HalfKernels,
+        x: &[f32],
+        n: usize,
+        cols: usize,
+        tail: usize,
+    ) {
+        let row = (cols + tail) * kernels.parts;
         self.half.reserve(n.next_multiple_of(ROW_BLOCK) * row);
         let half = Disjoint::new(&mut self.half);
         cpu.split(n, ROUND, &|rows| {
             // SAFETY: a block of 16 rows belongs to one task.
             let block = unsafe { half.slice(rows.start * row..(rows.start + ROUND) * row) };
+            let (block, behind) = block.split_at_mut(ROUND * cols * kernels.parts);
             (kernels.round)(&x[rows.start * cols..rows.end * cols], cols, block);
+            behind.fill(0);
         });
     }
 }

@@ -7,6 +7,7 @@ mod rows;
 mod waiting;
 
 pub use attention::{Attention, AttentionGradients, AttentionRows, AttentionSequence, Kv};
+pub use waiting::Waiting;
 
 /// The function between the two matrices of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

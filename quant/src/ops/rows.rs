@@ -205,7 +205,7 @@ impl Cpu {
         });
     }
 
-    pub(super) fn elements(&self, x: &mut [f32], grain: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+    pub(crate) fn elements(&self, x: &mut [f32], grain: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
         let len = x.len();
         let shared = Disjoint::new(x);
         self.split(len, grain, &|range| {

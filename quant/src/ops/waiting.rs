@@ -2,12 +2,46 @@
 
 use super::Activation;
 use crate::cpu::Cpu;
+use crate::kernels::Lanes;
 use crate::kernels::lanes::{HALF, QUARTER, QUARTERED};
 use crate::threads::Disjoint;
 
 /// Words that one task of rounding writes, in whole blocks.
 const HALVES: usize = 64 * HALF;
 const QUARTERS: usize = 16;
+
+/// Numbers as they wait.
+#[derive(Clone, Copy)]
+pub enum Waiting<'a> {
+    /// As they are.
+    Whole(&'a [f32]),
+    /// What [`Cpu::halve`] made of them.
+    Half(&'a [f32]),
+    /// What [`Cpu::quarter`] made of them.
+    Quarter(&'a [f32]),
+}
+
+impl Waiting<'_> {
+    /// Whether these are `len` numbers.
+    pub(crate) fn holds(&self, len: usize) -> bool {
+        match self {
+            Waiting::Whole(x) => x.len() == len,
+            Waiting::Half(x) => x.len() == Cpu::half_len(len),
+            Waiting::Quarter(x) => x.len() == Cpu::quarter_len(len),
+        }
+    }
+
+    /// As many of them as there is room for, from number `start` on, which begins a block: where they lie, or in `room`.
+    pub(crate) fn read<'b>(&'b self, lanes: &Lanes, start: usize, room: &'b mut [f32]) -> &'b [f32] {
+        debug_assert!(start.is_multiple_of(QUARTERED));
+        match self {
+            Waiting::Whole(x) => return &x[start..start + room.len()],
+            Waiting::Half(x) => (lanes.unhalve)(&x[start / 2..][..Cpu::half_len(room.len())], room),
+            Waiting::Quarter(x) => (lanes.unquarter)(quarters(x, start, room.len()), room),
+        }
+        room
+    }
+}
 
 impl Cpu {
     /// Rounds `x` to bf16 (to nearest even) and puts it into half the memory: two numbers into the bits of each of `out`,

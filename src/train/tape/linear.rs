@@ -5,6 +5,7 @@ use super::pool::Buffer;
 use super::record::{Saved, Step, Tape, Value, own};
 use rushlight_models::model::{Linear, Weight};
 use rushlight_models::{Error, Result};
+use rushlight_quant::ops::Waiting;
 use rushlight_quant::{Matrix, Phase};
 use std::rc::Rc;
 
@@ -33,9 +34,14 @@ pub(super) fn linears<const N: usize>(tape: &mut Tape<'_>, x: &Value, layers: [&
     let (cpu, pool) = (tape.cpu, tape.pool);
     let sites = layers.map(|l| tape.sites.linear(l));
     let mut ys = layers.map(|l| pool.take(n, l.weight().rows()));
-    base(tape, &x.data, layers, &mut ys);
     let loras: Vec<(Option<Lora>, usize)> = sites.iter().map(|s| s.lora).zip(layers.map(|l| l.id)).collect();
-    let low = lora::forward(tape, &x.data, &loras, &mut ys);
+    let along = sites.iter().all(|site| site.weight.is_none()) && lora::goes_along(tape, &loras, &layers.map(Linear::weight));
+    let low = if along {
+        lora::forward_along(tape, &x.data, &loras, &layers.map(Linear::weight), &mut ys)
+    } else {
+        base(tape, &x.data, layers, &mut ys);
+        lora::forward(tape, &x.data, &loras, &mut ys)
+    };
     let mut parts = Vec::with_capacity(N);
     for ((y, layer), site) in ys.iter_mut().zip(layers).zip(&sites) {
         let gain = site.lora.and_then(|l| l.dora).map(|dora| &tape.gains[dora]);
@@ -65,7 +71,7 @@ pub(super) fn linears<const N: usize>(tape: &mut Tape<'_>, x: &Value, layers: [&
     if parts.iter().any(|p| p.slot.is_some()) {
         let wanted = sites.iter().any(|s| s.weight.is_some() || s.lora.is_some());
         let input = wanted.then(|| tape.saved(x));
-        tape.push(Linears { n, cols, x: input, x_slot: x.slot, parts, low });
+        tape.push(Linears { n, cols, x: input, x_slot: x.slot, parts, low, along });
     }
     values.try_into().map_err(|_| Error::model("a value for each layer"))
 }
@@ -109,17 +115,20 @@ struct Linears {
     x_slot: Option<usize>,
     parts: Vec<Part>,
     low: Vec<lora::Low>,
+    /// The adapters went along with the weights.
+    along: bool,
 }
 
 impl Step for Linears {
     fn backward(self: Box<Self>, tape: &mut Tape<'_>) -> Result<()> {
-        let Linears { n, cols, x, x_slot, parts, low } = *self;
+        let Linears { n, cols, x, x_slot, parts, low, along } = *self;
         let cpu = tape.cpu;
         let mut gradients: Vec<Option<Rc<Buffer>>> = parts.iter().map(|p| p.slot.and_then(|s| tape.take(s))).collect();
         if gradients.iter().all(Option::is_none) {
             return Ok(());
         }
-        let x = x.map(|x| x.matrix(tape.cpu, tape.pool));
+        let mut input = x;
+        let x = if along { None } else { input.take().map(|x| x.matrix(tape.cpu, tape.pool)) };
         for (part, dy) in parts.iter().zip(&mut gradients) {
             let Some(gradient) = dy.take() else { continue };
             if let Some(param) = part.bias {
@@ -135,6 +144,26 @@ impl Step for Linears {
             *dy = Some(gradient);
         }
         let mut dx = x_slot.map(|slot| tape.borrow(slot, n, cols));
+        if along {
+            let layers = parts.iter().zip(&gradients).filter_map(|(part, dy)| {
+                let Source::Frozen(weight) = &part.source else { return None };
+                Some((weight, part.lora, dy.as_deref()?))
+            });
+            let layers: Vec<_> = layers.collect();
+            let dlows = lora::backward_along(tape, &layers, &low, n, dx.as_mut())?;
+            if let (Some(slot), Some(dx)) = (x_slot, dx) {
+                tape.give_back(slot, dx);
+            }
+            drop((gradients, low));
+            return match input {
+                None => Ok(()),
+                Some(Saved::Kept(x)) => lora::inputs_gradient(tape, x.waiting(), [n, cols], &dlows),
+                Some(Saved::Again(recipe)) => {
+                    let x = recipe(tape.cpu, tape.pool);
+                    lora::inputs_gradient(tape, Waiting::Whole(&x), [n, cols], &dlows)
+                }
+            };
+        }
         if let Some(x) = &x {
             let loras: Vec<_> = parts.iter().map(|p| p.lora).zip(&gradients).collect();
             lora::backward(tape, x, &loras, &low, dx.as_mut())?;

@@ -9,6 +9,7 @@ use rushlight_models::backend::Sequence;
 use rushlight_models::model::Model;
 use rushlight_models::{Error, Result, decoder};
 use rushlight_quant::Cpu;
+use rushlight_quant::ops::Waiting;
 use std::rc::Rc;
 
 /// Computes a matrix that was dropped again.
@@ -76,6 +77,15 @@ impl Kept {
         match self {
             Kept::Whole(data) => own(data),
             rounded => own(rounded.matrix(cpu, pool)),
+        }
+    }
+
+    /// The matrix, as it is kept.
+    pub fn waiting(&self) -> Waiting<'_> {
+        match self {
+            Kept::Whole(data) => Waiting::Whole(data),
+            Kept::Rounded(data, Bits::Sixteen, _) => Waiting::Half(data),
+            Kept::Rounded(data, Bits::Eight, _) => Waiting::Quarter(data),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Rows of f32 as right sides of products of bf16, for attention.
 
 use super::columns::{check, interleave};
-use super::{STEP, rounded, store_transposed};
-use crate::kernels::PANEL;
+use super::{ROWS, STEP, rounded, store_transposed};
+use crate::kernels::{HalfRows, PANEL};
 use std::arch::x86_64::*;
 
 /// Up to 32 numbers from the start of `row`, with zeros behind them.
@@ -79,4 +79,29 @@ pub(super) fn pairs<const PARTS: usize>(
     }
     // SAFETY: this table is handed out only where the processor has bf16.
     unsafe { inner::<PARTS>(rows, stride, used, len, ldb, out) }
+}
+
+/// See [`super::HalfKernels::turn`].
+pub(super) fn turn(x: HalfRows<'_>, step: usize, out: &mut [u16]) {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn inner(x: HalfRows<'_>, step: usize, out: &mut [u16]) {
+        let (a, b) = out[..2 * x.padded * PANEL].split_at_mut(x.padded * PANEL);
+        let mut lines = a.as_chunks_mut::<{ 2 * PANEL }>().0.iter_mut().zip(b.as_chunks_mut::<{ 2 * PANEL }>().0);
+        for block in x.all.chunks_exact(ROWS * x.cols).take(x.padded / ROWS) {
+            let rows = block[step * ROWS * STEP..][..ROWS * STEP].as_chunks::<{ 2 * STEP }>().0;
+            for (pair, (a, b)) in rows.iter().zip(&mut lines) {
+                // SAFETY: each is 64 bytes; a pair of rows twice that.
+                unsafe {
+                    let at = pair.as_ptr();
+                    let rows = [_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(STEP).cast())];
+                    let [low, high] = interleave(rows[0], rows[1]);
+                    _mm512_storeu_si512(a.as_mut_ptr().cast(), low);
+                    _mm512_storeu_si512(b.as_mut_ptr().cast(), high);
+                }
+            }
+        }
+    }
+    assert!((step + 1) * STEP <= x.cols && x.all.len() >= x.padded * x.cols);
+    // SAFETY: this table is handed out only where the processor has bf16.
+    unsafe { inner(x, step, out) }
 }
