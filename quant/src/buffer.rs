@@ -75,13 +75,53 @@ const LARGE: usize = 1 << 20;
 fn allocate(layout: Layout) -> Option<NonNull<u8>> {
     #[cfg(unix)]
     if layout.size() >= LARGE {
-        let (protection, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new map of memory that nobody else has; pages are aligned to more than 64 bytes.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), layout.size(), protection, kind, -1, 0) };
-        return NonNull::new(start.cast()).filter(|_| start != libc::MAP_FAILED);
+        return map(layout.size());
     }
     // SAFETY: the layout has a non-zero size.
     NonNull::new(unsafe { alloc_zeroed(layout) })
+}
+
+/// Zeros from the system. What is as large as a huge page begins with one, and asks for them: rows far apart are then
+/// found without a walk through the tables of pages for each.
+#[cfg(unix)]
+fn map(size: usize) -> Option<NonNull<u8>> {
+    let (protection, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let spare = if cfg!(target_os = "linux") && size >= HUGE { HUGE } else { 0 };
+    // SAFETY: a new map of memory that nobody else has; pages are aligned to more than 64 bytes.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), size.checked_add(spare)?, protection, kind, -1, 0) };
+    let start = NonNull::new(start.cast::<u8>()).filter(|_| start != libc::MAP_FAILED)?;
+    #[cfg(target_os = "linux")]
+    if spare > 0 {
+        let front = start.as_ptr().align_offset(HUGE);
+        let page = page();
+        let end = (front + size).next_multiple_of(page);
+        let all = (size + spare).next_multiple_of(page);
+        // SAFETY: the parts of the new map in front of and behind what is used; that the rest may lie in huge pages changes
+        // nothing of what it holds.
+        unsafe {
+            let at = |offset: usize| start.as_ptr().add(offset).cast::<libc::c_void>();
+            if front > 0 {
+                libc::munmap(at(0), front);
+            }
+            if end < all {
+                libc::munmap(at(end), all - end);
+            }
+            libc::madvise(at(front), size, libc::MADV_HUGEPAGE);
+            return Some(start.add(front));
+        }
+    }
+    Some(start)
+}
+
+/// Bytes of a huge page.
+#[cfg(unix)]
+const HUGE: usize = 2 << 20;
+
+/// Bytes of a page.
+#[cfg(target_os = "linux")]
+fn page() -> usize {
+    // SAFETY: asks for a number.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
 /// Gives back what [`allocate`] gave.
