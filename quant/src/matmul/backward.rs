@@ -227,14 +227,7 @@ impl Cpu {
 
 /// Rounds columns `part` of up to 16 rows of `dy` to bf16, with zeros behind them up to a multiple of 32, and `tail` more,
 /// and for absent rows.
-fn round_block(
-    kernels: &HalfKernels,
-    dy: &[f32],
-    width: usize,
-    part: Range<usize>,
-    tail: usize,
-    block: &mut [u16],
-) {
+fn round_block(kernels: &HalfKernels, dy: &[f32], width: usize, part: Range<usize>, tail: usize, block: &mut [u16]) {
     let cols = part.len().next_multiple_of(32);
     let (block, behind) = block.split_at_mut(ROUND * cols);
     behind[..ROUND * tail].fill(0);

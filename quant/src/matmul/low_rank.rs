@@ -279,7 +279,10 @@ impl Cpu {
         assert_eq!(dy.len(), n * w.rows, "gradient of an output is not [n, rows]");
         assert!(dx.as_ref().is_none_or(|dx| dx.len() == n * w.cols), "gradient of the input is not [n, cols]");
         let Back { a, b, rank, low, dlow, db, .. } = &adapter;
-        assert!(a.len() == rank * w.cols && b.len() == w.rows * rank && db.len() == b.len(), "an adapter of another size");
+        assert!(
+            a.len() == rank * w.cols && b.len() == w.rows * rank && db.len() == b.len(),
+            "an adapter of another size"
+        );
         assert!(low.len() == n * rank && dlow.len() == low.len(), "what comes of an adapter's A is not [n, rank]");
         self.backward_half(dy, n, w, dx.map(Disjoint::new).as_ref(), Some(adapter));
     }

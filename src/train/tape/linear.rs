@@ -35,7 +35,8 @@ pub(super) fn linears<const N: usize>(tape: &mut Tape<'_>, x: &Value, layers: [&
     let sites = layers.map(|l| tape.sites.linear(l));
     let mut ys = layers.map(|l| pool.take(n, l.weight().rows()));
     let loras: Vec<(Option<Lora>, usize)> = sites.iter().map(|s| s.lora).zip(layers.map(|l| l.id)).collect();
-    let along = sites.iter().all(|site| site.weight.is_none()) && lora::goes_along(tape, &loras, &layers.map(Linear::weight));
+    let along =
+        sites.iter().all(|site| site.weight.is_none()) && lora::goes_along(tape, &loras, &layers.map(Linear::weight));
     let low = if along {
         lora::forward_along(tape, &x.data, &loras, &layers.map(Linear::weight), &mut ys)
     } else {

@@ -194,12 +194,7 @@ fn share(tape: &mut Tape<'_>, da: &[f32], lows: &[Low], cols: usize) -> Result<(
 }
 
 /// Adds to the gradients of each `A` of [`backward_along`], which gave `dlows`: `x` has `n` rows of `cols`.
-pub(super) fn inputs_gradient(
-    tape: &mut Tape<'_>,
-    x: Waiting<'_>,
-    [n, cols]: [usize; 2],
-    dlows: &[Low],
-) -> Result<()> {
+pub(super) fn inputs_gradient(tape: &mut Tape<'_>, x: Waiting<'_>, [n, cols]: [usize; 2], dlows: &[Low]) -> Result<()> {
     let cpu = tape.cpu;
     if let [low] = dlows {
         cpu.adapter_gradient(&low.low, x, n, low.rank, cols, tape.gradient(low.a)?);
