@@ -183,7 +183,7 @@ fn check_adapters(case: &Adapted, seed: u64) {
             let adapter = product([n, rows, rank], |r, k| low.0[r * rank + k], |k, o| b(o, k));
             let size = product([n, rows, rank], |r, k| low.1[r * rank + k], |k, o| b(o, k)).1;
             add(&mut y, (adapter.0, size));
-            let dlow = product([n, rank, rows], |r, o| dy[r * rows + o], |o, k| b(o, k));
+            let dlow = product([n, rank, rows], |r, o| dy[r * rows + o], b);
             let a = &downs[*down];
             let wide = product([n, cols, rank], |r, k| dlow.0[r * rank + k], |k, c| f64::from(a[k * cols + c]));
             let size = product([n, cols, rank], |r, k| dlow.1[r * rank + k], |k, c| f64::from(a[k * cols + c])).1;
