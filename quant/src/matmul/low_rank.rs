@@ -178,25 +178,22 @@ impl Cpu {
         if n == 0 {
             return;
         }
+        assert!(weights.iter().all(|w| self.takes_adapters_along(w)), "a matrix that takes no adapter along");
+        let half = self.kernels.half.expect("takes adapters along");
         ROUNDED.with_borrow_mut(|rounded| {
             self.team.look_ahead(&[]);
             let tail = downs.iter().map(|down| width(down.rank)).max().unwrap_or(0);
-            let mut packed = None;
+            rounded.round_half(self, &half, x, n, cols, tail);
+            self.lows(&half, &rounded.half, n, [cols, tail], downs);
+            let mut written = None;
             for ((w, up), out) in weights.iter().zip(ups).zip(out) {
-                let meet = self.meet(w);
-                let Meet::Half(half) = meet else { unreachable!("takes adapters along") };
                 assert_eq!(out.len(), n * w.rows, "output is not [n, rows]");
-                if packed.is_none() {
-                    rounded.round_half(self, &half, x, n, cols, tail);
-                    self.lows(&half, &rounded.half, n, [cols, tail], downs);
-                    packed = Some(usize::MAX);
-                }
-                if let Some(up) = up.filter(|up| packed != Some(up.down)) {
+                if let Some(up) = up.filter(|up| written != Some(up.down)) {
                     self.write_tail(&half, downs[up.down].low, up.rank, n, [cols, tail], &mut rounded.half);
-                    packed = Some(up.down);
+                    written = Some(up.down);
                 }
                 let tail = Tail { width: tail, up: *up };
-                self.many_rows(x, rounded, n, &[*w], meet, tail, &disjoint(&mut [&mut out[..]]));
+                self.many_rows(x, rounded, n, &[*w], Meet::Half(half), tail, &disjoint(&mut [&mut out[..]]));
             }
         });
     }
