@@ -9,11 +9,11 @@ mod rows;
 
 use super::codes256::{Codes, by_codes};
 use super::floats512::{BF16, F16, F32, Floats};
+use super::processor::amd_family;
 use super::{HalfKernels, HalfRows, MulHalf, MulHalfTo, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
 use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 /// Rows of a block of [`HalfRows`].
 pub(super) const ROWS: usize = 16;
@@ -23,12 +23,7 @@ pub(super) const STEP: usize = 32;
 /// Whether the processor multiplies vectors of bf16 at half the rate of 8-bit integers. AMD's do; Intel's are slower at
 /// it than at f32, and those that matter have AMX.
 pub(super) fn pays() -> bool {
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| {
-        let vendor = __cpuid(0);
-        let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
-        amd && is_x86_feature_detected!("avx512bf16")
-    })
+    amd_family().is_some() && is_x86_feature_detected!("avx512bf16")
 }
 
 pub(super) const KERNELS: HalfKernels = kernels::<1>(mul, None);

@@ -15,8 +15,7 @@ pub(super) fn available() -> bool {
 /// A block format, four groups at a time.
 ///
 /// # Safety
-/// As for [`Codes`]; `quad` reads the groups `4 i .. 4 i + 4` of the run and no byte beyond their blocks. The methods
-/// need AVX-512 with VBMI.
+/// As for [`Codes`], with all of a run readable. The methods need AVX-512 with VBMI.
 pub(super) trait Quads: Codes {
     /// Codes raised by `ZERO`. A quarter of each register belongs to one group, the first sixteen codes of which are in
     /// the first register: so the products of a group end in four lanes, and one conversion serves four groups. With
@@ -38,35 +37,38 @@ pub(super) trait Quads: Codes {
     }
 }
 
-/// Where in two registers, the second of which begins `apart` bytes behind the first, byte `from + b * size + at(j)` is
-/// found, for byte `j` of quarter `b`: `at(j)` is `j`, or with `bits` the byte that holds bit `j`.
-const fn places_of(from: usize, size: usize, apart: usize, bits: bool) -> [u8; 64] {
-    let mut places = [0; 64];
-    let mut i = 0;
-    while i < 64 {
-        let byte = from + i / 16 * size + if bits { i % 16 / 8 } else { i % 16 };
-        places[i] = (if byte < 64 { byte } else { byte - apart + 64 }) as u8;
-        i += 1;
+/// Three registers hold a run of small blocks (of up to 24 bytes): its first 64 bytes, the next, and its last ones.
+#[inline(always)]
+unsafe fn part<const SIZE: usize>(run: *const u8, i: usize) -> __m512i {
+    // SAFETY: the caller's run has 8 * SIZE bytes, which are more than 128.
+    unsafe { _mm512_loadu_si512(run.add(if i == 2 { 8 * SIZE - 64 } else { 64 * i }).cast()) }
+}
+
+/// For each quad of a run, where in [`part`] `i` and the next one byte `from + b * size + at(j)` is found, for byte `j` of
+/// quarter `b`: `at(j)` is `j`, or with `bits` the byte that holds bit `j`.
+const fn places_of(from: usize, size: usize, bits: bool) -> [[u8; 64]; 2] {
+    assert!(size <= 24);
+    let mut places = [[0; 64]; 2];
+    let mut j = 0;
+    while j < 128 {
+        let (i, within) = (j / 64, if bits { j % 16 / 8 } else { j % 16 });
+        let (first, second) = if i == 0 { (0, 64) } else { (64, 8 * size - 64) };
+        let byte = from + j / 16 * size + within;
+        assert!(byte >= first && byte < second + 64);
+        places[i][j % 64] = (if byte < first + 64 { byte - first } else { byte - second + 64 }) as u8;
+        j += 1;
     }
     places
 }
 
-/// The part of four blocks of `SIZE` bytes at `p` from byte `FIRST` of the first to the last block's end, in two
-/// registers, the second of which begins [`apart`] behind the first.
+/// The bytes of quad `i` that [`places_of`] names.
 #[inline(always)]
-unsafe fn four_blocks<const FIRST: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
-    // SAFETY: the caller's pointer has four blocks, which are more than 64 bytes.
-    unsafe { [_mm512_loadu_si512(p.add(FIRST).cast()), _mm512_loadu_si512(p.add(4 * SIZE - 64).cast())] }
-}
-
-const fn apart(first: usize, size: usize) -> usize {
-    4 * size - 64 - first
-}
-
-#[inline(always)]
-unsafe fn found([a, b]: [__m512i; 2], places: &[u8; 64]) -> __m512i {
-    // SAFETY: the caller has AVX-512 with VBMI; the table has 64 bytes.
-    unsafe { _mm512_permutex2var_epi8(a, _mm512_loadu_si512(places.as_ptr().cast()), b) }
+unsafe fn found<const SIZE: usize>(run: *const u8, i: usize, places: &[[u8; 64]; 2]) -> __m512i {
+    // SAFETY: the caller's pointer has a run, and the table 64 bytes.
+    unsafe {
+        let places = _mm512_loadu_si512(places[i].as_ptr().cast());
+        _mm512_permutex2var_epi8(part::<SIZE>(run, i), places, part::<SIZE>(run, i + 1))
+    }
 }
 
 /// The low and the high halves of bytes.
@@ -79,43 +81,49 @@ unsafe fn nibbles(x: __m512i) -> [__m512i; 2] {
     }
 }
 
-/// The 4-bit codes of four blocks of `SIZE` bytes at `p`, each of which ends with sixteen bytes of them from `FIRST` on.
+/// The 4-bit codes of quad `i` of a run, whose blocks of `SIZE` bytes end with sixteen bytes of them from `FIRST` on.
 #[inline(always)]
-unsafe fn four_bits<const FIRST: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
-    // SAFETY: the caller's pointer has four blocks.
+unsafe fn four_bits<const FIRST: usize, const SIZE: usize>(run: *const u8, i: usize) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has a run.
     unsafe {
-        let places = const { places_of(0, SIZE, apart(FIRST, SIZE), false) };
-        nibbles(found(four_blocks::<FIRST, SIZE>(p), &places))
+        let places = const { places_of(FIRST, SIZE, false) };
+        nibbles(found::<SIZE>(run, i, &places))
     }
 }
 
 /// The same with a fifth bit each, which a block keeps in four bytes from `BITS` on, right before the sixteen.
 #[inline(always)]
-unsafe fn five_bits<const BITS: usize, const SIZE: usize>(p: *const u8) -> [__m512i; 2] {
-    // SAFETY: the caller's pointer has four blocks.
+unsafe fn five_bits<const BITS: usize, const SIZE: usize>(run: *const u8, i: usize) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has a run.
     unsafe {
-        let blocks = four_blocks::<BITS, SIZE>(p);
-        let places = const {
-            let apart = apart(BITS, SIZE);
-            [places_of(4, SIZE, apart, false), places_of(0, SIZE, apart, true), places_of(2, SIZE, apart, true)]
-        };
-        let codes = nibbles(found(blocks, &places[0]));
+        let places =
+            const { [places_of(BITS + 4, SIZE, false), places_of(BITS, SIZE, true), places_of(BITS + 2, SIZE, true)] };
+        let codes = nibbles(found::<SIZE>(run, i, &places[0]));
         let bit = _mm512_set1_epi64(0x8040_2010_0804_0201_u64 as i64);
-        let fifth = |codes, places| {
-            let set = _mm512_test_epi8_mask(found(blocks, places), bit);
-            _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16))
-        };
-        [fifth(codes[0], &places[1]), fifth(codes[1], &places[2])]
+        let first = _mm512_test_epi8_mask(found::<SIZE>(run, i, &places[1]), bit);
+        let second = _mm512_test_epi8_mask(found::<SIZE>(run, i, &places[2]), bit);
+        let sixteen = _mm512_set1_epi8(16);
+        [
+            _mm512_mask_add_epi8(codes[0], first, codes[0], sixteen),
+            _mm512_mask_add_epi8(codes[1], second, codes[1], sixteen),
+        ]
     }
 }
 
-/// Eight f16 numbers, the first of which is word `first` and each other `stride` words further.
-const fn places(first: usize, stride: usize) -> [[u16; 32]; 2] {
+/// In which of a run's words (the first 32, the next, those of the last part behind them) the eight f16 are whose first one is word
+/// `first` and each other `size / 2` further, and where.
+const fn places(first: usize, size: usize) -> [[u16; 32]; 2] {
     let mut places = [[0; 32]; 2];
     let mut g = 0;
     while g < 8 {
-        let word = first + g * stride;
-        places[word / 64][g] = (word % 64) as u16;
+        let word = first + g * size / 2;
+        if word < 64 {
+            places[0][g] = word as u16;
+        } else if size <= 24 {
+            places[1][g] = (word - (4 * size - 32)) as u16;
+        } else {
+            places[1][g] = (word - 64) as u16;
+        }
         g += 1;
     }
     places
@@ -124,24 +132,23 @@ const fn places(first: usize, stride: usize) -> [[u16; 32]; 2] {
 /// Word `FIRST` of each of eight blocks of `SIZE` bytes, which is an f16.
 #[inline(always)]
 unsafe fn halves<const FIRST: usize, const SIZE: usize>(run: *const u8) -> __m256 {
-    // SAFETY: the caller's pointer has eight blocks, and no byte beyond them is read.
+    // SAFETY: the caller's pointer has eight blocks, and no byte beyond them is read: the largest have 272.
     unsafe {
-        let left = |from: usize| (8 * SIZE).saturating_sub(from).min(64);
-        let load = |from: usize| match left(from) {
-            0 => _mm512_setzero_si512(),
-            64 => _mm512_loadu_si512(run.add(from).cast()),
-            n => _mm512_maskz_loadu_epi8((1 << n) - 1, run.add(from).cast()),
-        };
-        let places = const { places(FIRST, SIZE / 2) };
-        let place = |i: usize| _mm512_loadu_si512(places[i].as_ptr().cast());
-        let found = _mm512_permutex2var_epi16(load(0), place(0), load(64));
+        let places = const { places(FIRST, SIZE) };
+        let place = [_mm512_loadu_si512(places[0].as_ptr().cast()), _mm512_loadu_si512(places[1].as_ptr().cast())];
+        let near = _mm512_permutex2var_epi16(part::<SIZE>(run, 0), place[0], part::<SIZE>(run, 1));
         let found = if 7 * SIZE + 2 * FIRST < 128 {
-            found
+            near
         } else {
             // The last blocks begin behind the first 128 bytes.
             let behind = const { (128 - 2 * FIRST).div_ceil(SIZE) };
-            let rest = _mm512_permutex2var_epi16(load(128), place(1), load(192));
-            _mm512_mask_mov_epi16(found, (0xff << behind) & 0xff, rest)
+            let far = if SIZE <= 24 {
+                _mm512_permutexvar_epi16(place[1], part::<SIZE>(run, 2))
+            } else {
+                let at = |from: usize| _mm512_loadu_si512(run.add(from).cast());
+                _mm512_permutex2var_epi16(at(128), place[1], at(192))
+            };
+            _mm512_mask_mov_epi16(near, (0xff << behind) & 0xff, far)
         };
         _mm256_cvtph_ps(_mm512_castsi512_si128(found))
     }
@@ -149,15 +156,12 @@ unsafe fn halves<const FIRST: usize, const SIZE: usize>(run: *const u8) -> __m25
 
 /// Formats of 32 weights with an f16 scale at the start of each block, perhaps an f16 minimum behind it.
 macro_rules! legacy {
-    ($name:ident, |$p:ident| $codes:expr) => {
+    ($name:ident, |$run:ident, $i:ident| $codes:expr) => {
         impl Quads for $name {
             #[inline(always)]
-            unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2] {
-                // SAFETY: the caller keeps to the four blocks.
-                unsafe {
-                    let $p = run.add(4 * i * Self::BYTES);
-                    $codes
-                }
+            unsafe fn quad($run: *const u8, $i: usize) -> [__m512i; 2] {
+                // SAFETY: the caller keeps to the run.
+                unsafe { $codes }
             }
             #[inline(always)]
             unsafe fn factors(run: *const u8) -> [__m512; 2] {
@@ -176,11 +180,12 @@ macro_rules! legacy {
     };
 }
 
-legacy!(Q4_0, |p| four_bits::<2, 18>(p));
-legacy!(Q4_1, |p| four_bits::<4, 20>(p));
-legacy!(Q5_0, |p| five_bits::<2, 22>(p));
-legacy!(Q5_1, |p| five_bits::<4, 24>(p));
-legacy!(Q8_0, |p| {
+legacy!(Q4_0, |run, i| four_bits::<2, 18>(run, i));
+legacy!(Q4_1, |run, i| four_bits::<4, 20>(run, i));
+legacy!(Q5_0, |run, i| five_bits::<2, 22>(run, i));
+legacy!(Q5_1, |run, i| five_bits::<4, 24>(run, i));
+legacy!(Q8_0, |run, i| {
+    let p = run.add(4 * i * Self::BYTES);
     let half = |p: *const u8| _mm256_loadu_si256(p.cast());
     let two = |p: *const u8| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(p.add(2))), half(p.add(36)));
     let (a, b) = (two(p), two(p.add(68)));
@@ -188,7 +193,7 @@ legacy!(Q8_0, |p| {
     let (first, last) = (_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
     [_mm512_xor_si512(first, raise), _mm512_xor_si512(last, raise)]
 });
-legacy!(IQ4_NL, |p| raised(&IQ4_TABLE, 128, four_bits::<2, 18>(p)));
+legacy!(IQ4_NL, |run, i| raised(&IQ4_TABLE, 128, four_bits::<2, 18>(run, i)));
 
 /// Entries of a table, raised.
 #[inline(always)]

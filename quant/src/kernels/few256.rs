@@ -1,6 +1,7 @@
 //! The few-row product in 256-bit registers, written once over [`Codes`] for AVX2 and AVX-512.
 
 use super::QuantizedRow;
+use super::ahead::Ahead;
 use super::codes256::{Codes, Dot, halves_joined};
 use std::arch::x86_64::*;
 
@@ -14,18 +15,18 @@ pub(super) unsafe fn dot_codes<C: Codes, D: Dot>(data: &[u8], x: QuantizedRow<'_
     assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
     assert!(x.d.len() * 32 == x.q.len() && x.s32.len() == x.d.len() && x.s16.len() == 2 * x.d.len());
     let (fours, rest) = out.as_chunks_mut::<4>();
-    let mut row = data.as_ptr();
+    let (mut row, ahead) = (data.as_ptr(), Ahead::here());
     for out in fours {
         // SAFETY: the assertions keep every row and every group inside the slices.
         unsafe {
-            dot_some::<C, D, 4>(row, row_bytes, x, out);
+            dot_some::<C, D, 4>(row, row_bytes, ahead, x, out);
             row = row.add(4 * row_bytes);
         }
     }
     for out in rest {
         // SAFETY: as above.
         unsafe {
-            dot_some::<C, D, 1>(row, row_bytes, x, std::array::from_mut(out));
+            dot_some::<C, D, 1>(row, row_bytes, ahead, x, std::array::from_mut(out));
             row = row.add(row_bytes);
         }
     }
@@ -40,7 +41,7 @@ struct Factors([f32; 16]);
 unsafe fn prepare<C: Codes, const R: usize>(
     first: *const u8,
     row_bytes: usize,
-    ahead: usize,
+    (ahead, distance): (Ahead, usize),
     d: *const f32,
     s32: *const f32,
     s16: *const f32,
@@ -54,12 +55,8 @@ unsafe fn prepare<C: Codes, const R: usize>(
             let at = first.add(r * row_bytes);
             let [a, b] = C::scales(at);
             let to = factors[r].0.as_mut_ptr();
-            // The same part of rows to come: several rows at a time are more streams than the processor follows by
-            // itself. Into the second-nearest cache, as prefetches into the nearest one wait in its few miss buffers
-            // (which halves the speed of a Zen 4). (A prefetch beyond the end of the weights does nothing.)
-            for line in (0..C::RUN).step_by(64) {
-                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(ahead + line).cast());
-            }
+            // The same part of rows to come.
+            ahead.fetch(at.wrapping_add(distance), C::RUN);
             if C::HALVES {
                 let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
                 let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
@@ -132,6 +129,7 @@ unsafe fn multiply<C: Codes, D: Dot, const R: usize, const I: usize>(
 unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
     first: *const u8,
     row_bytes: usize,
+    ahead: Ahead,
     x: QuantizedRow<'_>,
     out: &mut [f32; R],
 ) {
@@ -142,8 +140,7 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
         let mut mins = [_mm256_setzero_ps(); R];
         let mut factors = [const { Factors([0.0; 16]) }; R];
         let q = x.q.as_ptr();
-        // Whole steps of R rows, at least so far that memory answers in time.
-        let ahead = (12288usize.div_ceil(R * row_bytes.max(1))) * R * row_bytes;
+        let ahead = (ahead, Ahead::distance(R * row_bytes));
         for run in 0..groups / 8 {
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));

@@ -6,6 +6,8 @@
 #[cfg(target_arch = "x86_64")]
 mod across512;
 #[cfg(target_arch = "x86_64")]
+mod ahead;
+#[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -35,6 +37,8 @@ mod neon;
 mod panel256;
 #[cfg(target_arch = "x86_64")]
 mod peaks;
+#[cfg(target_arch = "x86_64")]
+mod processor;
 pub mod scalar;
 #[cfg(test)]
 mod tests;
