@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
 /// How weights are fetched ahead.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ahead {
     /// Into the nearest cache.
     Near,

@@ -1,5 +1,6 @@
 //! Weights that are multiplied as floats, and conversions between their widths, in 512-bit registers.
 
+use super::ahead::Ahead;
 use super::avx2::pack_table;
 use super::bf16::store_transposed;
 use super::{DotFloats, GemmShape, PANEL, PackFloats};
@@ -94,16 +95,24 @@ fn dot_table_of<T: TableFormat>(data: &[u8], x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Bytes that weights are fetched ahead.
+const AHEAD: usize = 4096;
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn dot_floats_of<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
     let size = F::FORMAT.block_bytes();
     let row_bytes = x.len() * size;
+    // Other processors follow one stream as well by themselves.
+    let ahead = Some(Ahead::here()).filter(|ahead| *ahead == Ahead::Past);
     assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
     for (r, out) in out.iter_mut().enumerate() {
         let row = &data[r * row_bytes..(r + 1) * row_bytes];
         let mut acc = [_mm512_setzero_ps(); 4];
         let whole = x.len() / 64 * 64;
         for i in (0..whole).step_by(64) {
+            if let Some(ahead) = ahead {
+                ahead.fetch(row.as_ptr().wrapping_add(i * size + AHEAD), 64 * size);
+            }
             for j in 0..4 {
                 let at = i + j * 16;
                 // SAFETY: sixteen more numbers in both rows.

@@ -2,6 +2,7 @@
 //! converted in registers, once for several heads. The sums run as those of [`super::lanes`] do, so the bits are theirs.
 
 use super::HalfHeads;
+use super::ahead::Ahead;
 use std::arch::x86_64::*;
 
 pub(super) const KERNELS: HalfHeads = HalfHeads { scores, mix };
@@ -22,7 +23,7 @@ macro_rules! up_to_four {
 }
 
 fn scores(q: &[f32], dim: usize, keys: &[u16], out: &mut [f32], stride: usize) {
-    let (heads, count) = (q.len() / dim, keys.len() / dim);
+    let (heads, count, ahead) = (q.len() / dim, keys.len() / dim, Ahead::here());
     assert!(dim.is_multiple_of(16) && (heads == 0 || out.len() >= (heads - 1) * stride + count));
     for h in (0..heads).step_by(4) {
         let (q, out) = (q[h * dim..].as_ptr(), out[h * stride..].as_mut_ptr());
@@ -32,9 +33,7 @@ fn scores(q: &[f32], dim: usize, keys: &[u16], out: &mut [f32], stride: usize) {
             // their slices (asserted above). A prefetch beyond them does nothing.
             unsafe {
                 if h == 0 {
-                    for line in (0..4 * dim).step_by(32) {
-                        _mm_prefetch::<_MM_HINT_T0>(keys.as_ptr().wrapping_add(j * dim + AHEAD + line).cast());
-                    }
+                    ahead.fetch(keys.as_ptr().wrapping_add(j * dim + AHEAD).cast(), 8 * dim);
                 }
                 if j < whole {
                     up_to_four!(heads - h, dots::<4>(q, dim, keys[j * dim..].as_ptr(), out.add(j), stride));
@@ -128,6 +127,7 @@ unsafe fn sums<const H: usize, const C: usize>(
     distance: usize,
 ) {
     let mut acc = [[_mm512_setzero_ps(); C]; H];
+    let ahead = Ahead::here();
     // SAFETY: the caller's promise.
     unsafe {
         for h in 0..H {
@@ -136,9 +136,7 @@ unsafe fn sums<const H: usize, const C: usize>(
             }
         }
         for j in 0..count {
-            for c in (0..C).step_by(2) {
-                _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(j * dim + AHEAD + c * 16).cast());
-            }
+            ahead.fetch(values.wrapping_add(j * dim + AHEAD).cast(), 32 * C);
             let mut value = [_mm512_setzero_ps(); C];
             for c in 0..C {
                 value[c] = _mm512_cvtph_ps(_mm256_loadu_si256(values.add(j * dim + c * 16).cast()));
