@@ -28,11 +28,12 @@ impl Ahead {
         })
     }
 
-    /// How many bytes ahead, where products go on by steps of `step` bytes: whole steps, about so far that memory answers in
-    /// time.
-    pub(super) fn distance(step: usize) -> usize {
-        const WANTED: usize = 12288;
-        ((WANTED + step / 2) / step.max(1)).max(1) * step
+    /// While `len` bytes of each of `rows` rows at `first` are multiplied, from byte `done` on: fetches as many of the bytes that
+    /// follow, as one stream, which memory is faster by than by one for each row (by a fifth, where two threads share a Zen 5's).
+    /// It runs so far ahead that the last of the next rows begins in time too.
+    #[inline(always)]
+    pub(super) fn fetch_behind(self, first: *const u8, rows: usize, row_bytes: usize, done: usize, len: usize) {
+        self.fetch(first.wrapping_add((rows - 1) * row_bytes + 8192 + rows * done), rows * len);
     }
 
     /// Fetches `len` bytes from `p` on, which may lie beyond the end of the weights.

@@ -41,7 +41,6 @@ struct Factors([f32; 16]);
 unsafe fn prepare<C: Codes, const R: usize>(
     first: *const u8,
     row_bytes: usize,
-    (ahead, distance): (Ahead, usize),
     d: *const f32,
     s32: *const f32,
     s16: *const f32,
@@ -55,8 +54,6 @@ unsafe fn prepare<C: Codes, const R: usize>(
             let at = first.add(r * row_bytes);
             let [a, b] = C::scales(at);
             let to = factors[r].0.as_mut_ptr();
-            // The same part of rows to come.
-            ahead.fetch(at.wrapping_add(distance), C::RUN);
             if C::HALVES {
                 let low = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
                 let high = _mm256_permutevar8x32_ps(d, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
@@ -140,11 +137,11 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
         let mut mins = [_mm256_setzero_ps(); R];
         let mut factors = [const { Factors([0.0; 16]) }; R];
         let q = x.q.as_ptr();
-        let ahead = (ahead, Ahead::distance(R * row_bytes));
         for run in 0..groups / 8 {
+            ahead.fetch_behind(first, R, row_bytes, run * C::RUN, C::RUN);
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
-            prepare::<C, R>(first, row_bytes, ahead, d, s32, s16, &mut factors, &mut mins);
+            prepare::<C, R>(first, row_bytes, d, s32, s16, &mut factors, &mut mins);
             let q = q.add(at * 32);
             multiply::<C, D, R, 0>(first, row_bytes, q, &factors, &mut sums);
             multiply::<C, D, R, 1>(first, row_bytes, q.add(64), &factors, &mut sums);
@@ -152,7 +149,9 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
             multiply::<C, D, R, 3>(first, row_bytes, q.add(192), &factors, &mut sums);
         }
         if C::GROUPS == 1 {
-            let first = first.add(groups / 8 * C::RUN);
+            let done = groups / 8 * C::RUN;
+            ahead.fetch_behind(first, R, row_bytes, done, row_bytes - done);
+            let first = first.add(done);
             for g in 0..groups % 8 {
                 let at = groups / 8 * 8 + g;
                 let a = _mm256_loadu_si256(q.add(at * 32).cast());

@@ -140,13 +140,8 @@ unsafe fn add_all<C: Quads, const S: usize>(
             // The last row stands for those that are missing.
             rows[i / 4][i % 4] = weights.first.wrapping_add(i.min(weights.count - 1) * weights.row_bytes);
         }
-        let far = Ahead::distance(4 * S * weights.row_bytes);
         for run in 0..groups / 8 {
-            for s in 0..S {
-                for r in 0..4 {
-                    weights.ahead.fetch(rows[s][r].wrapping_add(far), C::RUN);
-                }
-            }
+            weights.ahead.fetch_behind(weights.first, 4 * S, weights.row_bytes, run * C::RUN, C::RUN);
             sums.add(rows, Meets::at::<C>(x, row, run * 8), 0, 0);
             for s in 0..S {
                 for r in 0..4 {
@@ -158,6 +153,8 @@ unsafe fn add_all<C: Quads, const S: usize>(
         if C::GROUPS > 1 || rest == 0 {
             return;
         }
+        let done = groups / 8 * C::RUN;
+        weights.ahead.fetch_behind(weights.first, 4 * S, weights.row_bytes, done, weights.row_bytes - done);
         if groups > 8 {
             // The last eight once more, without those that have been.
             for p in rows.as_flattened_mut() {
