@@ -111,7 +111,7 @@ fn dot_codes(format: Format) -> DotCodes {
     few512::dot_codes(format).unwrap_or_else(|| dot_codes_256(format))
 }
 
-/// For processors without VBMI, and the formats that [`few512`] leaves out.
+/// For processors without VBMI, which [`few512`] needs.
 pub(super) fn dot_codes_256(format: Format) -> DotCodes {
     fn entry<C: Codes>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]

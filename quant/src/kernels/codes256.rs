@@ -7,7 +7,7 @@ use crate::formats::*;
 use std::arch::x86_64::*;
 
 /// E2M1, doubled.
-const MXFP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(super) const MXFP4_TABLE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// A block format, eight groups of 32 codes (a "run") at a time.
 ///

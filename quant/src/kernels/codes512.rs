@@ -1,7 +1,7 @@
 //! Block formats in 512-bit registers: how four groups of 32 codes are taken out of each one's blocks. For processors
 //! with VBMI (Ice Lake, Zen 4 and later); others take [`super::codes256`].
 
-use super::codes256::Codes;
+use super::codes256::{Codes, MXFP4_TABLE};
 use crate::formats::*;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
@@ -44,16 +44,16 @@ unsafe fn part<const SIZE: usize>(run: *const u8, i: usize) -> __m512i {
     unsafe { _mm512_loadu_si512(run.add(if i == 2 { 8 * SIZE - 64 } else { 64 * i }).cast()) }
 }
 
-/// For each quad of a run, where in [`part`] `i` and the next one byte `from + b * size + at(j)` is found, for byte `j` of
-/// quarter `b`: `at(j)` is `j`, or with `bits` the byte that holds bit `j`.
-const fn places_of(from: usize, size: usize, bits: bool) -> [[u8; 64]; 2] {
+/// For each quad of a run, where in [`part`] `i` and the next one byte `from + b * size + j / share` is found, for byte `j` of
+/// quarter `b`: with a `share` of 8 the byte that holds bit `j`, of 16 one byte for all.
+const fn places_of(from: usize, size: usize, share: usize) -> [[u8; 64]; 2] {
     assert!(size <= 24);
     let mut places = [[0; 64]; 2];
     let mut j = 0;
     while j < 128 {
-        let (i, within) = (j / 64, if bits { j % 16 / 8 } else { j % 16 });
+        let i = j / 64;
         let (first, second) = if i == 0 { (0, 64) } else { (64, 8 * size - 64) };
-        let byte = from + j / 16 * size + within;
+        let byte = from + j / 16 * size + j % 16 / share;
         assert!(byte >= first && byte < second + 64);
         places[i][j % 64] = (if byte < first + 64 { byte - first } else { byte - second + 64 }) as u8;
         j += 1;
@@ -86,7 +86,7 @@ unsafe fn nibbles(x: __m512i) -> [__m512i; 2] {
 unsafe fn four_bits<const FIRST: usize, const SIZE: usize>(run: *const u8, i: usize) -> [__m512i; 2] {
     // SAFETY: the caller's pointer has a run.
     unsafe {
-        let places = const { places_of(FIRST, SIZE, false) };
+        let places = const { places_of(FIRST, SIZE, 1) };
         nibbles(found::<SIZE>(run, i, &places))
     }
 }
@@ -96,8 +96,7 @@ unsafe fn four_bits<const FIRST: usize, const SIZE: usize>(run: *const u8, i: us
 unsafe fn five_bits<const BITS: usize, const SIZE: usize>(run: *const u8, i: usize) -> [__m512i; 2] {
     // SAFETY: the caller's pointer has a run.
     unsafe {
-        let places =
-            const { [places_of(BITS + 4, SIZE, false), places_of(BITS, SIZE, true), places_of(BITS + 2, SIZE, true)] };
+        let places = const { [places_of(BITS + 4, SIZE, 1), places_of(BITS, SIZE, 8), places_of(BITS + 2, SIZE, 8)] };
         let codes = nibbles(found::<SIZE>(run, i, &places[0]));
         let bit = _mm512_set1_epi64(0x8040_2010_0804_0201_u64 as i64);
         let first = _mm512_test_epi8_mask(found::<SIZE>(run, i, &places[1]), bit);
@@ -107,6 +106,20 @@ unsafe fn five_bits<const BITS: usize, const SIZE: usize>(run: *const u8, i: usi
             _mm512_mask_add_epi8(codes[0], first, codes[0], sixteen),
             _mm512_mask_add_epi8(codes[1], second, codes[1], sixteen),
         ]
+    }
+}
+
+/// The 8-bit codes of quad `i` of a run, whose blocks of `SIZE` bytes end with them, raised by 128.
+#[inline(always)]
+unsafe fn eight_bits<const SIZE: usize>(run: *const u8, i: usize) -> [__m512i; 2] {
+    // SAFETY: the caller's pointer has a run.
+    unsafe {
+        let codes = |g: usize| _mm256_loadu_si256(run.add((4 * i + g + 1) * SIZE - 32).cast());
+        let two = |g: usize| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(codes(g)), codes(g + 1));
+        let (a, b) = (two(0), two(2));
+        let raise = _mm512_set1_epi8(-128);
+        let (first, last) = (_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
+        [_mm512_xor_si512(first, raise), _mm512_xor_si512(last, raise)]
     }
 }
 
@@ -184,16 +197,62 @@ legacy!(Q4_0, |run, i| four_bits::<2, 18>(run, i));
 legacy!(Q4_1, |run, i| four_bits::<4, 20>(run, i));
 legacy!(Q5_0, |run, i| five_bits::<2, 22>(run, i));
 legacy!(Q5_1, |run, i| five_bits::<4, 24>(run, i));
-legacy!(Q8_0, |run, i| {
-    let p = run.add(4 * i * Self::BYTES);
-    let half = |p: *const u8| _mm256_loadu_si256(p.cast());
-    let two = |p: *const u8| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(p.add(2))), half(p.add(36)));
-    let (a, b) = (two(p), two(p.add(68)));
-    let raise = _mm512_set1_epi8(-128);
-    let (first, last) = (_mm512_shuffle_i64x2::<0x88>(a, b), _mm512_shuffle_i64x2::<0xdd>(a, b));
-    [_mm512_xor_si512(first, raise), _mm512_xor_si512(last, raise)]
-});
+legacy!(Q8_0, |run, i| eight_bits::<34>(run, i));
 legacy!(IQ4_NL, |run, i| raised(&IQ4_TABLE, 128, four_bits::<2, 18>(run, i)));
+
+impl Quads for MXFP4 {
+    #[inline(always)]
+    unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's run.
+        unsafe { raised(&MXFP4_TABLE, Self::ZERO, four_bits::<1, 17>(run, i)) }
+    }
+    #[inline(always)]
+    unsafe fn factors(run: *const u8) -> [__m512; 2] {
+        // SAFETY: each block begins with its exponent.
+        unsafe {
+            let places = _mm_setr_epi8(0, 17, 34, 51, 68, 85, 102, 119, 0, 0, 0, 0, 0, 0, 0, 0);
+            let found =
+                _mm512_permutex2var_epi8(part::<17>(run, 0), _mm512_castsi128_si512(places), part::<17>(run, 1));
+            let e = _mm256_cvtepu8_epi32(_mm512_castsi512_si128(found));
+            // As `e8m0_half`: the two lowest are below the smallest normal number.
+            let one = _mm256_set1_epi32(1);
+            let normal = _mm256_slli_epi32::<23>(_mm256_sub_epi32(e, one));
+            let low = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), e);
+            let scales = _mm256_mask_mov_epi32(normal, _mm256_cmple_epu32_mask(e, one), low);
+            [_mm512_zextps256_ps512(_mm256_castsi256_ps(scales)), _mm512_setzero_ps()]
+        }
+    }
+}
+
+impl Quads for Q4_Z {
+    #[inline(always)]
+    unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's run.
+        unsafe {
+            // Each block has its own zero point, in the byte before its codes.
+            let zero = found::<19>(run, i, &const { places_of(2, 19, 16) });
+            let up = _mm512_sub_epi8(_mm512_set1_epi8(Self::ZERO as i8), zero);
+            let [first, last] = four_bits::<3, 19>(run, i);
+            [_mm512_add_epi8(first, up), _mm512_add_epi8(last, up)]
+        }
+    }
+}
+
+/// Formats of 8-bit codes behind scales in single precision.
+macro_rules! wide_scales {
+    ($name:ident) => {
+        impl Quads for $name {
+            #[inline(always)]
+            unsafe fn quad(run: *const u8, i: usize) -> [__m512i; 2] {
+                // SAFETY: the caller's run.
+                unsafe { eight_bits::<{ <$name as BlockFormat>::BYTES }>(run, i) }
+            }
+        }
+    };
+}
+
+wide_scales!(Q8_F);
+wide_scales!(Q8_Z);
 
 /// Entries of a table, raised.
 #[inline(always)]
@@ -322,7 +381,7 @@ k_quant!(Q6_K, |run, i| {
 });
 k_quant!(IQ4_XS, |run, i| raised(&IQ4_TABLE, 128, nibbles(_mm512_loadu_si512(run.add(8 + 64 * i).cast()))));
 
-/// `$function::<$format>` for the formats that come in fours.
+/// `$function::<$format>` for a block format.
 macro_rules! by_quads {
     ($format:expr, $function:ident) => {
         if !$crate::kernels::codes512::available() {
@@ -342,6 +401,10 @@ macro_rules! by_quads {
                 Format::Q6_K => Some($function::<Q6_K>),
                 Format::IQ4_NL => Some($function::<IQ4_NL>),
                 Format::IQ4_XS => Some($function::<IQ4_XS>),
+                Format::MXFP4 => Some($function::<MXFP4>),
+                Format::Q4_Z => Some($function::<Q4_Z>),
+                Format::Q8_F => Some($function::<Q8_F>),
+                Format::Q8_Z => Some($function::<Q8_Z>),
                 _ => None,
             }
         }

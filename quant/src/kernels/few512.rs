@@ -9,7 +9,7 @@
 use super::ahead::Ahead;
 use super::codes512::{Quads, by_quads};
 use super::{DotBatch, DotCodes, QuantizedRow, QuantizedRows};
-use crate::formats::{BlockFormat, Format, Q8_0};
+use crate::formats::{BlockFormat, Format, Q8_Z};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -79,7 +79,7 @@ struct Weights {
 }
 
 /// Bytes of the largest block of 32 weights here.
-const LARGEST: usize = Q8_0::BYTES;
+const LARGEST: usize = Q8_Z::BYTES;
 
 /// The rows of activations that a run of weights meets: where the first one's numbers begin, and how far apart rows are.
 #[derive(Clone, Copy)]

@@ -246,3 +246,21 @@ fn rows_of_f32_are_right_sides_in_bf16() {
         }
     }
 }
+
+#[test]
+fn every_exponent_of_mxfp4_is_met() {
+    for (isa, kernels) in tables() {
+        // From the smallest, which are below the smallest normal numbers, to what sums still hold.
+        for e in 0..=240u8 {
+            let data: Vec<u8> =
+                (0..8 * 17).map(|i: usize| if i.is_multiple_of(17) { e } else { (i * 37 % 251) as u8 }).collect();
+            let x = Activations::new(&kernels, &vec![1.0; 256], 256);
+            let mut out = [f32::NAN];
+            (kernels.dot_codes)(Format::MXFP4)(&data, x.rows().row(0), &mut out);
+            let mut weights = vec![0f32; 256];
+            Format::MXFP4.decode(&data, &mut weights);
+            let want: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+            assert!((f64::from(out[0]) - want).abs() <= want.abs() * 1e-5, "{isa} exponent {e}: {} not {want}", out[0]);
+        }
+    }
+}
