@@ -13,7 +13,8 @@ pub(super) enum Ahead {
     /// Into the nearest cache, past the others, since they are read once. On Zen 5 this is faster than either of the others,
     /// by a tenth to a third.
     Past,
-    /// Into the second-nearest cache: on Zen 4 fetches into the nearest one wait in its few miss buffers, at half the speed.
+    /// Into the second-nearest cache: on Zen 4 fetches into the nearest one wait in its few miss buffers, at half the speed. Older
+    /// ones of AMD's are taken to be alike.
     Second,
 }
 

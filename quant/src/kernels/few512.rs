@@ -45,8 +45,7 @@ fn dots<C: Quads>(data: &[u8], x: QuantizedRows<'_>, rows: Range<usize>, out: &m
     assert!(x.all.c32.len() >= rows.end * groups && x.all.c16.len() >= 2 * rows.end * groups);
     assert!(out.len() == rows.len() * count);
     let ahead = Ahead::here();
-    let few = rows.len() <= 2;
-    let step = if few { 4 } else { 8 };
+    let step = if rows.len() <= 2 { 4 } else { 8 };
     for o in (0..count).step_by(step) {
         let weights = Weights { first: data[o * row_bytes..].as_ptr(), row_bytes, count: (count - o).min(step), ahead };
         let mut r = rows.start;
@@ -371,30 +370,20 @@ struct Factors {
     mins: [__m512; 4],
 }
 
-/// Where number `4 k + g` of row `r` is found, for lane `4 g + r`: eight numbers of the rows 0 and 2 in one register, of 1 and
-/// 3 in another.
-const fn by_eights(k: usize) -> [i32; 16] {
+/// Where number `4 k + g` of row `r` is found, for lane `4 g + r`: those of rows with an odd `r` in a second register, and of the
+/// last two rows `apart` numbers behind those of the first two (0: in registers of their own).
+const fn places(k: usize, apart: usize) -> [i32; 16] {
     let mut from = [0; 16];
     let mut lane = 0;
     while lane < 16 {
         let (g, r) = (lane / 4, lane % 4);
-        from[lane] = (4 * k + g + r / 2 * 8 + r % 2 * 16) as i32;
+        from[lane] = (4 * k + g + r / 2 * apart + r % 2 * 16) as i32;
         lane += 1;
     }
     from
 }
-/// The same for sixteen numbers of two rows, which the lanes with an even and with an odd `r` take.
-const fn by_sixteens(k: usize) -> [i32; 16] {
-    let mut from = [0; 16];
-    let mut lane = 0;
-    while lane < 16 {
-        from[lane] = (4 * k + lane / 4 + lane % 2 * 16) as i32;
-        lane += 1;
-    }
-    from
-}
-static EIGHTS: [[i32; 16]; 2] = [by_eights(0), by_eights(1)];
-static SIXTEENS: [[i32; 16]; 4] = [by_sixteens(0), by_sixteens(1), by_sixteens(2), by_sixteens(3)];
+static EIGHTS: [[i32; 16]; 2] = [places(0, 8), places(1, 8)];
+static SIXTEENS: [[i32; 16]; 4] = [places(0, 0), places(1, 0), places(2, 0), places(3, 0)];
 
 impl Factors {
     /// # Safety

@@ -103,15 +103,15 @@ fn dot_floats_of<F: Floats>(data: &[u8], x: &[f32], out: &mut [f32]) {
     let size = F::FORMAT.block_bytes();
     let row_bytes = x.len() * size;
     // Other processors follow one stream as well by themselves.
-    let ahead = Some(Ahead::here()).filter(|ahead| *ahead == Ahead::Past);
+    let fetches = Ahead::here() == Ahead::Past;
     assert!(data.len() >= out.len() * row_bytes, "weights are shorter than the rows asked for");
     for (r, out) in out.iter_mut().enumerate() {
         let row = &data[r * row_bytes..(r + 1) * row_bytes];
         let mut acc = [_mm512_setzero_ps(); 4];
         let whole = x.len() / 64 * 64;
         for i in (0..whole).step_by(64) {
-            if let Some(ahead) = ahead {
-                ahead.fetch(row.as_ptr().wrapping_add(i * size + AHEAD), 64 * size);
+            if fetches {
+                Ahead::Past.fetch(row.as_ptr().wrapping_add(i * size + AHEAD), 64 * size);
             }
             for j in 0..4 {
                 let at = i + j * 16;
