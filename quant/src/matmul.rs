@@ -29,7 +29,7 @@ mod rounded;
 
 use crate::cpu::Cpu;
 use crate::formats::Format;
-use crate::kernels::{GemmShape, HalfKernels, HalfRows, PANEL, ROW_BLOCK, WordKernels};
+use crate::kernels::{GemmShape, HalfKernels, HalfRows, MulShort, NEAR, PANEL, ROW_BLOCK, WordKernels};
 use crate::threads::Disjoint;
 pub(crate) use few::Order;
 use low_rank::Tail;
@@ -240,6 +240,12 @@ impl Cpu {
         self.kernels.half.filter(|_| self.fine())
     }
 
+    /// The kernel that takes `n` rows without panels, where there is one and a task has them at once.
+    fn short(&self, half: HalfKernels, n: usize, w: &Matrix<'_>, tail: Tail<'_>) -> Option<MulShort> {
+        let few = n <= BLOCK && tail.width == 0 && w.format.is_coded();
+        half.short.filter(|_| few).map(|of| of(w.format))
+    }
+
     /// How a task with many rows goes: pairs of panels that it unpacks, and rows that meet all of them before the next do.
     /// Where the rounded rows do not stay near ([`Cpu::near`]), they are then fetched from farther away less often.
     fn blocking(&self, n: usize, w: &Matrix<'_>, width: usize) -> (usize, usize) {
@@ -264,7 +270,7 @@ impl Cpu {
     ) {
         let blocking = |w: &Matrix<'_>| self.blocking(n, w, meet.width());
         let tasks = tasks(weights, |w| blocking(w).0 * WIDTH);
-        self.team.run(tasks.len(), &|t| {
+        let task = |t: usize| {
             let (i, rows) = (tasks[t].0, tasks[t].1.clone());
             let w = &weights[i];
             let (cols, panel) = (w.cols, w.cols * PANEL);
@@ -274,6 +280,7 @@ impl Cpu {
                 let mut second = [0f32; BLOCK * WIDTH];
                 match meet {
                     Meet::Floats => panels.unpack_floats(self, w, &rows),
+                    Meet::Half(half) if self.short(half, n, w, tail).is_some() => panels.half.reserve(WIDTH * NEAR),
                     Meet::Half(half) => panels.unpack_half(&half, w, &rows, tail),
                     Meet::Words(words) => panels.unpack_words(&words, w, &rows),
                     Meet::Codes(_) => panels.unpack_codes(self, w, &rows),
@@ -297,6 +304,11 @@ impl Cpu {
                             };
                             let panels = &panels.floats[2 * pair * panel..];
                             (self.kernels.gemm)(shape, &x[start * cols..end * cols], panels, &mut tile);
+                        }
+                        Meet::Half(half) if let Some(short) = self.short(half, n, w, tail) => {
+                            let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
+                            let data = &w.data[first * w.row_bytes()..];
+                            short(data, width, x, start..end, &mut panels.half, &mut tile, WIDTH);
                         }
                         Meet::Half(half) => {
                             let panel = panel * half.weight_parts(w.format) + tail.width * PANEL;
@@ -337,7 +349,12 @@ impl Cpu {
                     }
                 }
             });
-        });
+        };
+        // Kernels for few rows fetch what lies behind.
+        match meet {
+            Meet::Half(half) if n <= BLOCK && half.short.is_some() => self.team.run_in_stretches(tasks.len(), &task),
+            _ => self.team.run(tasks.len(), &task),
+        }
     }
 }
 
@@ -394,6 +411,33 @@ mod tests {
                     let (got, out) = product(near);
                     assert_eq!(got, blocking, "{near}");
                     assert!(out == plain, "{} {format} {near}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_prompts_length_changes_no_bit() {
+        let (rows, cols) = (16 * 3 + 5, 512);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for format in [Format::Q4_0, Format::Q4_K, Format::Q8_0, Format::F16] {
+                let data: Vec<u8> = (0..rows * format.row_bytes(cols).expect("whole blocks"))
+                    .map(|i| 0x34 | ((i * 29 + i / 253) % 4) as u8)
+                    .collect();
+                let x: Vec<f32> = (0..200 * cols).map(|i| (i * 31 % 61) as f32 / 16.0 - 1.9).collect();
+                let matrix = Matrix::new(format, rows, cols, &data).expect("whole rows");
+                let product = |n: usize, threads: usize| {
+                    let mut out = vec![f32::NAN; n * rows];
+                    let cpu = Cpu::new(threads, isa);
+                    cpu.matmul(Phase::Prompt, &x[..n * cols], n, &[matrix], &mut [&mut out]);
+                    out
+                };
+                let whole = product(200, 1);
+                assert!(whole.iter().all(|y| y.is_finite()), "{} {format}", isa.name());
+                for n in [1, 7, 16, 33, 95, 96, 97, 128] {
+                    for threads in [1, 2] {
+                        assert!(product(n, threads) == whole[..n * rows], "{} {format} {n}", isa.name());
+                    }
                 }
             }
         }

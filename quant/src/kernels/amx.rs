@@ -33,8 +33,7 @@ fn on_this_machine() -> bool {
     let enabled = unsafe { read_xcr0() };
     let leaf7 = __cpuid_count(7, 0);
     let (bf16, tiles) = (1 << 22, 1 << 24);
-    let vector_bf16 = is_x86_feature_detected!("avx512bf16");
-    if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !vector_bf16 {
+    if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !bf16::available() {
         return false;
     }
     ask_permission()

@@ -5,13 +5,17 @@
 //! group. (Intel's processors before AMX take it at a quarter of that rate: see [`pays`].)
 
 mod columns;
+mod levels;
 mod rows;
+mod short;
 
-use super::codes256::{Codes, by_codes};
+use super::ahead::Ahead;
+use super::codes256::by_codes;
 use super::floats512::{BF16, F16, F32, Floats};
 use super::processor::amd_family;
-use super::{HalfKernels, HalfRows, MulHalf, MulHalfTo, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
+use super::{HalfKernels, HalfRows, MulHalf, MulHalfTo, NEAR, PANEL, PackHalf, PackHalfColumns, ROW_BLOCK};
 use crate::formats::Format;
+use levels::{Factors, Levels, weights};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -20,13 +24,18 @@ pub(super) const ROWS: usize = 16;
 /// Columns of a block of [`HalfRows`].
 pub(super) const STEP: usize = 32;
 
+/// Whether the processor has what all of this needs; those with AMX do.
+pub(super) fn available() -> bool {
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
+}
+
 /// Whether the processor multiplies vectors of bf16 at half the rate of 8-bit integers. AMD's do; Intel's are slower at
 /// it than at f32, and those that matter have AMX.
 pub(super) fn pays() -> bool {
-    amd_family().is_some() && is_x86_feature_detected!("avx512bf16")
+    amd_family().is_some() && available()
 }
 
-pub(super) const KERNELS: HalfKernels = kernels::<1>(mul, None);
+pub(super) const KERNELS: HalfKernels = HalfKernels { short: Some(short::short), ..kernels::<1>(mul, None) };
 pub(super) const COLUMNS: fn(Format) -> PackHalfColumns = columns::columns;
 
 /// The kernels for so many [`HalfKernels::parts`], which `mul` and `mul_to` multiply.
@@ -40,6 +49,7 @@ pub(super) const fn kernels<const PARTS: usize>(mul: MulHalf, mul_to: Option<Mul
         turn: rows::turn,
         mul,
         mul_to,
+        short: None,
     }
 }
 
@@ -82,13 +92,13 @@ fn round<const PARTS: usize>(x: &[f32], cols: usize, out: &mut [u16]) {
 }
 
 fn pack<const PARTS: usize>(format: Format) -> PackHalf {
-    fn one<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    fn one<C: Levels>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
         // SAFETY: this table is handed out only where the processor has bf16.
-        unsafe { pack_of::<C, 1>(data, rows, cols, out) }
+        unsafe { pack_of::<C, 1>(data, cols / C::FORMAT.block_len() * C::BYTES, rows, cols, out) }
     }
-    fn two<C: Codes>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
+    fn two<C: Levels>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
         // SAFETY: as above.
-        unsafe { pack_of::<C, 2>(data, rows, cols, out) }
+        unsafe { pack_of::<C, 2>(data, cols / C::FORMAT.block_len() * C::BYTES, rows, cols, out) }
     }
     fn floats<F: Floats, const PARTS: usize>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
         // SAFETY: as above.
@@ -127,90 +137,33 @@ fn pack_floats_of<F: Floats, const PARTS: usize>(data: &[u8], rows: usize, cols:
     }
 }
 
-/// Scales and minimums of one row's run: of each group, or of each half of one.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Factors {
-    scale: [f32; 16],
-    min: [f32; 16],
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn pack_of<C: Codes, const PARTS: usize>(data: &[u8], rows: usize, cols: usize, out: &mut [u16]) {
-    let (row_bytes, panel) = (cols / C::FORMAT.block_len() * C::BYTES, cols * PANEL);
-    assert!(rows <= PANEL && data.len() >= rows * row_bytes && out.len() >= PARTS * panel);
-    let groups = cols / 32;
-    let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; PANEL];
-    for run in 0..groups / 8 {
-        for r in 0..rows {
-            // SAFETY: a whole run of row `r` (asserted above), and sixteen numbers in each array.
-            unsafe {
-                let at = data.as_ptr().add(r * row_bytes + run * C::RUN);
-                let ([a, b], to) = (C::scales(at), factors[r].scale.as_mut_ptr());
-                _mm256_store_ps(to, a);
-                _mm256_store_ps(to.add(8), b);
-                if C::HAS_MIN {
-                    let ([a, b], to) = (C::mins(at), factors[r].min.as_mut_ptr());
-                    _mm256_store_ps(to, a);
-                    _mm256_store_ps(to.add(8), b);
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+fn pack_of<C: Levels, const PARTS: usize>(data: &[u8], row_bytes: usize, rows: usize, cols: usize, out: &mut [u16]) {
+    let panel = cols * PANEL;
+    assert!(rows <= PANEL && cols.is_multiple_of(C::FORMAT.block_len()) && out.len() >= PARTS * panel);
+    assert!(rows == 0 || data.len() >= (rows - 1) * row_bytes + cols / C::FORMAT.block_len() * C::BYTES);
+    let mut factors = [Factors::NONE; PANEL];
+    for g in 0..cols / STEP {
+        let run = data.as_ptr().wrapping_add(g / 8 * C::RUN);
+        // SAFETY: group `g` of as many rows (asserted above), and its place in each part of `out`.
+        unsafe {
+            if g % 8 == 0 {
+                for (r, factors) in factors.iter_mut().enumerate().take(rows) {
+                    factors.read::<C>(run.add(r * row_bytes), (cols / STEP - g).min(8));
                 }
             }
-        }
-        for g in 0..8 {
             let mut pairs = [[_mm512_setzero_si512(); PANEL]; PARTS];
             for r in 0..rows {
-                let Factors { scale, min } = &factors[r];
-                let [a, b] = if C::HALVES { [2 * g, 2 * g + 1] } else { [g, g] };
-                // SAFETY: group `g` of this run of row `r`.
-                let codes = unsafe { C::codes(data.as_ptr().add(r * row_bytes + run * C::RUN), g) };
-                let [low, high] = weights::<C>(codes, [scale[a], scale[b]], [min[a], min[b]]);
-                for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
+                let lines = weights::<C, PARTS>(run.add(r * row_bytes), g % 8, &factors[r]);
+                for (part, line) in lines.into_iter().enumerate() {
                     pairs[part][r] = line;
                 }
             }
             for (part, pairs) in pairs.into_iter().enumerate() {
-                // SAFETY: this group's place in a part of `out` (asserted above).
-                unsafe { store_transposed(pairs, out.as_mut_ptr().add(part * panel + (run * 8 + g) * STEP * PANEL)) };
+                store_transposed(pairs, out.as_mut_ptr().add(part * panel + g * STEP * PANEL));
             }
         }
     }
-    if C::GROUPS == 1 {
-        for g in groups / 8 * 8..groups {
-            let mut pairs = [[_mm512_setzero_si512(); PANEL]; PARTS];
-            for r in 0..rows {
-                // SAFETY: a group of row `r` behind its last whole run.
-                let [low, high] = unsafe {
-                    let at = data.as_ptr().add(r * row_bytes + groups / 8 * C::RUN);
-                    let (scale, min) = C::scale_and_min(at, g % 8);
-                    weights::<C>(C::codes(at, g % 8), [_mm256_cvtss_f32(scale); 2], [min; 2])
-                };
-                for (part, line) in rounded::<PARTS>(low, high).into_iter().enumerate() {
-                    pairs[part][r] = line;
-                }
-            }
-            for (part, pairs) in pairs.into_iter().enumerate() {
-                // SAFETY: this group's place in a part of `out` (asserted above).
-                unsafe { store_transposed(pairs, out.as_mut_ptr().add(part * panel + g * STEP * PANEL)) };
-            }
-        }
-    }
-}
-
-/// 32 weights, decoded as the format says.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn weights<C: Codes>(codes: __m256i, scale: [f32; 2], min: [f32; 2]) -> [__m512; 2] {
-    let zero = _mm512_set1_epi32(i32::from(C::ZERO));
-    let halves = [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)];
-    let mut values = [_mm512_setzero_ps(); 2];
-    for h in 0..2 {
-        let centred = _mm512_sub_epi32(_mm512_cvtepu8_epi32(halves[h]), zero);
-        values[h] = _mm512_mul_ps(_mm512_set1_ps(scale[h]), _mm512_cvtepi32_ps(centred));
-        if C::HAS_MIN {
-            values[h] = _mm512_sub_ps(values[h], _mm512_set1_ps(min[h]));
-        }
-    }
-    values
 }
 
 /// Stores 16 rows of 16 pairs as 16 lines, of which line `k` holds pair `k` of each row.
@@ -250,9 +203,6 @@ pub(super) unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
 
 /// Rows that go through a panel together: with two panels their sums fill half of the registers.
 const TOGETHER: usize = 8;
-/// Columns of a panel that stay in the nearest cache while all rows go over them.
-const NEAR: usize = 256;
-
 fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
     let (cols, padded) = (x.cols, x.padded);
     assert!(cols.is_multiple_of(STEP) && panels.iter().all(|p| p.len() >= cols * PANEL));
@@ -289,19 +239,40 @@ unsafe fn mul_panels<const P: usize>(
         for r in (0..whole).step_by(TOGETHER) {
             let to = out[r * stride..].as_mut_ptr();
             // SAFETY: eight rows of activations and of sums; `steps` steps of each panel from `k` on.
-            unsafe { multiply(panels, block(rows.start + r).add(k * ROWS), steps, k > 0, to, stride) };
+            unsafe { multiply(panels, block(rows.start + r).add(k * ROWS), steps, k > 0, Fetch::NOTHING, to, stride) };
         }
     }
     if whole < rows.len() {
         let mut edge = [0f32; TOGETHER * 2 * PANEL];
         // SAFETY: the block has rows up to `padded`; `edge` has eight rows of sums.
         unsafe {
-            multiply(panels, block(rows.start + whole), cols / STEP, false, edge.as_mut_ptr(), 2 * PANEL);
+            multiply(
+                panels,
+                block(rows.start + whole),
+                cols / STEP,
+                false,
+                Fetch::NOTHING,
+                edge.as_mut_ptr(),
+                2 * PANEL,
+            );
         }
         for (r, sums) in (whole..rows.len()).zip(edge.chunks_exact(2 * PANEL)) {
             out[r * stride..][..P * PANEL].copy_from_slice(&sums[..P * PANEL]);
         }
     }
+}
+
+/// Lines that are fetched in each step of a product: so many from `at` on, and in the next step those behind them. All at
+/// once they would fill the processor's queue of what memory owes it, and hold up what comes after.
+#[derive(Clone, Copy)]
+struct Fetch {
+    ahead: Ahead,
+    at: *const u8,
+    lines: usize,
+}
+
+impl Fetch {
+    const NOTHING: Fetch = Fetch { ahead: Ahead::Near, at: std::ptr::null(), lines: 0 };
 }
 
 /// Eight rows of activations, 64 bytes of each step apart, times `P` panels; with `add` the products are added to `out`.
@@ -315,6 +286,7 @@ unsafe fn multiply<const P: usize>(
     x: *const u16,
     steps: usize,
     add: bool,
+    fetch: Fetch,
     out: *mut f32,
     stride: usize,
 ) {
@@ -329,6 +301,7 @@ unsafe fn multiply<const P: usize>(
             }
         }
         for s in 0..steps {
+            fetch.ahead.fetch(fetch.at.wrapping_add(s * fetch.lines * 64), fetch.lines * 64);
             for j in 0..STEP / 2 {
                 let mut w = [_mm512_setzero_si512(); P];
                 for p in 0..P {

@@ -225,6 +225,21 @@ pub type PackHalf = fn(data: &[u8], rows: usize, cols: usize, out: &mut [u16]);
 /// [`MulPanels`] for bf16. The rows begin at a multiple of [`ROW_BLOCK`].
 pub type MulHalf = fn(panels: &[&[u16]], x: HalfRows<'_>, rows: std::ops::Range<usize>, out: &mut [f32], stride: usize);
 
+/// Products of `used` packed weight rows, of at most two panels, with few rows of activations: the sums that
+/// [`HalfKernels::pack`] and [`HalfKernels::mul`] give, but of the panels only [`NEAR`] columns are there at a time, in
+/// `near` (twice [`NEAR`] times [`PANEL`] numbers). `out` has room for a multiple of eight rows.
+pub type MulShort = fn(
+    data: &[u8],
+    used: usize,
+    x: HalfRows<'_>,
+    rows: std::ops::Range<usize>,
+    near: &mut [u16],
+    out: &mut [f32],
+    stride: usize,
+);
+/// See [`MulShort`].
+pub const NEAR: usize = 256;
+
 /// [`MulHalf`] to wherever sums belong.
 ///
 /// # Safety
@@ -259,6 +274,8 @@ pub struct HalfKernels {
     pub mul: MulHalf,
     /// The same, where each sum is written once and need not be near.
     pub mul_to: Option<MulHalfTo>,
+    /// For block formats, where few rows are multiplied faster while weights are unpacked.
+    pub short: Option<fn(Format) -> MulShort>,
 }
 
 impl HalfKernels {

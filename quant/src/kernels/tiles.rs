@@ -4,6 +4,7 @@
 //! (Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, TDPBF16PS and others) on tiles of
 //! its own, and goes on behind it.
 
+use super::bf16;
 use libc::{REG_R8, REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RIP, REG_RSI, REG_RSP};
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 use std::cell::UnsafeCell;
@@ -29,7 +30,7 @@ thread_local! {
 pub(super) fn emulate() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
-        if !is_x86_feature_detected!("avx512bf16") {
+        if !bf16::available() {
             return false;
         }
         // SAFETY: `handler` has the signature of a handler with information.

@@ -1,15 +1,23 @@
 //! Columns of packed weights as panels of bf16, for gradients.
 
-use super::{Factors, STEP, rounded, weights};
+use super::levels::{Factors, Levels, weights};
+use super::{STEP, rounded};
 use crate::formats::Format;
 use crate::kernels::PANEL;
-use crate::kernels::codes256::{Codes, by_codes};
+use crate::kernels::codes256::by_codes;
 use crate::kernels::columns::{PackHalfColumns, Weights, by_weights};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) fn columns(format: Format) -> PackHalfColumns {
-    fn coded<C: Codes>(data: &[u8], row_bytes: usize, rows: usize, columns: Range<usize>, ldb: usize, out: &mut [u16]) {
+    fn coded<C: Levels>(
+        data: &[u8],
+        row_bytes: usize,
+        rows: usize,
+        columns: Range<usize>,
+        ldb: usize,
+        out: &mut [u16],
+    ) {
         // SAFETY: this table is handed out only where the processor has bf16.
         unsafe { pack_codes::<C>(data, row_bytes, rows, columns, ldb, out) }
     }
@@ -62,8 +70,8 @@ fn fetch(at: *const u8, len: usize) {
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn pack_codes<C: Codes>(
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+fn pack_codes<C: Levels>(
     data: &[u8],
     row_bytes: usize,
     rows: usize,
@@ -76,7 +84,7 @@ fn pack_codes<C: Codes>(
     assert!(columns.start.is_multiple_of(32) && columns.end.is_multiple_of(32) && last <= total);
     assert!(data.len() >= rows * row_bytes, "weights are shorter than the rows asked for");
     check(rows, 2 * (last - first), ldb, out);
-    let mut factors = [Factors { scale: [0.0; 16], min: [0.0; 16] }; 2];
+    let mut factors = [Factors::NONE; 2];
     let span = first / C::GROUPS * C::BYTES..last.div_ceil(C::GROUPS) * C::BYTES;
     for pair in 0..rows.div_ceil(2) {
         for r in 0..2 {
@@ -85,42 +93,22 @@ fn pack_codes<C: Codes>(
         }
         let used = (rows - 2 * pair).min(2);
         for run in first / 8..last.div_ceil(8) {
-            let whole = run < total / 8;
             let groups = first.max(run * 8)..last.min(run * 8 + 8);
             for r in 0..used {
-                // SAFETY: a run of row `2 pair + r` (asserted above), and sixteen numbers in each array.
+                // SAFETY: what there is of a run of row `2 pair + r` (asserted above).
                 unsafe {
                     let at = data.as_ptr().add((2 * pair + r) * row_bytes + run * C::RUN);
-                    let Factors { scale, min } = &mut factors[r];
-                    if whole {
-                        let ([a, b], to) = (C::scales(at), scale.as_mut_ptr());
-                        _mm256_store_ps(to, a);
-                        _mm256_store_ps(to.add(8), b);
-                        if C::HAS_MIN {
-                            let ([a, b], to) = (C::mins(at), min.as_mut_ptr());
-                            _mm256_store_ps(to, a);
-                            _mm256_store_ps(to.add(8), b);
-                        }
-                    } else {
-                        for g in groups.clone() {
-                            let (s, m) = C::scale_and_min(at, g % 8);
-                            (scale[g % 8], min[g % 8]) = (_mm256_cvtss_f32(s), m);
-                        }
-                    }
+                    factors[r].read::<C>(at, (total - run * 8).min(8));
                 }
             }
             for g in groups {
-                let [i, j] = if C::HALVES { [2 * (g % 8), 2 * (g % 8) + 1] } else { [g % 8; 2] };
                 let mut pairs = [_mm512_setzero_si512(); 2];
                 for r in 0..used {
-                    let Factors { scale, min } = &factors[r];
                     // SAFETY: group `g` of row `2 pair + r`.
-                    let codes = unsafe {
+                    [pairs[r]] = unsafe {
                         let at = data.as_ptr().add((2 * pair + r) * row_bytes + run * C::RUN);
-                        C::codes(at, g % 8)
+                        weights::<C, 1>(at, g % 8, &factors[r])
                     };
-                    let [low, high] = weights::<C>(codes, [scale[i], scale[j]], [min[i], min[j]]);
-                    [pairs[r]] = rounded(low, high);
                 }
                 for (h, line) in interleave(pairs[0], pairs[1]).into_iter().enumerate() {
                     let to = &mut out[(2 * (g - first) + h) * ldb + pair * 2 * PANEL..][..2 * PANEL];

@@ -185,6 +185,21 @@ fn panels_of_bf16_are_the_weights_rounded_and_meet_many_rows() {
                         }
                     }
                 }
+                let Some(short) = half.short.filter(|_| format.is_coded()) else { continue };
+                let mut near = Aligned::<u16>::zeroed(2 * NEAR * PANEL);
+                let twice = [&data[..], &data[..]].concat();
+                let pairs = [(29, 0..41), (32, 32..40)].into_iter().filter(|_| used == PANEL);
+                for (used, rows) in [(used, 0..41), (used, 32..41)].into_iter().chain(pairs) {
+                    let (panels, stride) = (used.div_ceil(PANEL), 2 * PANEL + 3);
+                    let room = rows.len().next_multiple_of(8) * stride;
+                    let (mut want, mut out) = (vec![f32::NAN; room], vec![f32::NAN; room]);
+                    (half.mul)(&[&panel[..]; 2][..panels], x_rows, rows.clone(), &mut want, stride);
+                    short(format)(&twice, used, x_rows, rows.clone(), &mut near, &mut out, stride);
+                    for r in 0..rows.len() {
+                        let sums = r * stride..r * stride + used;
+                        assert_eq!(out[sums.clone()], want[sums], "{isa} {format} {cols} {used} rows, {r}");
+                    }
+                }
             }
         }
     }
