@@ -350,10 +350,11 @@ impl Cpu {
                 }
             });
         };
-        // Kernels for few rows fetch what lies behind.
-        match meet {
-            Meet::Half(half) if n <= BLOCK && half.short.is_some() => self.team.run_in_stretches(tasks.len(), &task),
-            _ => self.team.run(tasks.len(), &task),
+        // Few rows are done soon: then what lies behind must have been fetched by the thread that takes it.
+        if n <= BLOCK {
+            self.team.run_in_stretches(tasks.len(), &task);
+        } else {
+            self.team.run(tasks.len(), &task);
         }
     }
 }

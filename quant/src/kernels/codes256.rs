@@ -22,15 +22,17 @@ pub(super) trait Codes: BlockFormat {
 
     /// Codes of group `g`, raised by `ZERO`.
     unsafe fn codes(run: *const u8, g: usize) -> __m256i;
+    /// Whether [`Codes::pair`] gives a group in each register although each has one scale: where joining them takes more
+    /// steps than one conversion saves.
+    const APART: bool = Self::HALVES;
     /// Codes of the groups `2 i` and `2 i + 1`: the first sixteen of each in the first register, a half for each group, so
-    /// that the products of a group end in four lanes and one conversion serves both. With `HALVES`, a group in each
-    /// register: a half is what shares a scale.
+    /// that the products of a group end in four lanes and one conversion serves both. With `APART`, a group in each register.
     #[inline(always)]
     unsafe fn pair(run: *const u8, i: usize) -> [__m256i; 2] {
         // SAFETY: the caller's promise.
         unsafe {
             let (a, b) = (Self::codes(run, 2 * i), Self::codes(run, 2 * i + 1));
-            if Self::HALVES { [a, b] } else { halves_joined(a, b) }
+            if Self::APART { [a, b] } else { halves_joined(a, b) }
         }
     }
     /// Scales: one a group in `[0]`, or with `HALVES` one a half in both.
@@ -127,15 +129,10 @@ unsafe fn shift_right(x: __m256i, by: usize) -> __m256i {
 unsafe fn halves_at(p: *const u8, stride: usize) -> __m256 {
     // SAFETY: the caller's pointer has eight numbers at this distance.
     unsafe {
-        let at = |i: usize| i32::from(p.add(i * stride).cast::<u16>().read_unaligned());
-        let x = _mm_cvtsi32_si128(at(0));
-        let x = _mm_insert_epi16::<1>(x, at(1));
-        let x = _mm_insert_epi16::<2>(x, at(2));
-        let x = _mm_insert_epi16::<3>(x, at(3));
-        let x = _mm_insert_epi16::<4>(x, at(4));
-        let x = _mm_insert_epi16::<5>(x, at(5));
-        let x = _mm_insert_epi16::<6>(x, at(6));
-        _mm256_cvtph_ps(_mm_insert_epi16::<7>(x, at(7)))
+        // Put together outside of the vector units, which have enough to do.
+        let at = |i: usize| u64::from(p.add(i * stride).cast::<u16>().read_unaligned());
+        let four = |i: usize| (at(i) | at(i + 1) << 16 | (at(i + 2) | at(i + 3) << 16) << 32) as i64;
+        _mm256_cvtph_ps(_mm_set_epi64x(four(4), four(0)))
     }
 }
 

@@ -99,7 +99,7 @@ unsafe fn multiply<C: Codes, D: Dot, const R: usize, const I: usize>(
     // SAFETY: the caller vouches for the groups in each row and for 64 activations.
     unsafe {
         let a = [_mm256_loadu_si256(q.cast()), _mm256_loadu_si256(q.add(32).cast())];
-        let a = if C::HALVES { a } else { halves_joined(a[0], a[1]) };
+        let a = if C::APART { a } else { halves_joined(a[0], a[1]) };
         let start = [D::start(C::ZERO, a[0]), D::start(C::ZERO, a[1])];
         let both = _mm256_add_epi32(start[0], start[1]);
         let place = |i: usize| _mm256_loadu_si256(SPREAD[i].as_ptr().cast());
@@ -112,6 +112,11 @@ unsafe fn multiply<C: Codes, D: Dot, const R: usize, const I: usize>(
                     let dots = _mm256_cvtepi32_ps(D::dot(start[h], C::ZERO, codes[h], a[h]));
                     let factor = _mm256_permutevar8x32_ps(eight, place(I % 2 * 2 + h));
                     sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
+                }
+            } else if C::APART {
+                for h in 0..2 {
+                    let dots = _mm256_cvtepi32_ps(D::dot(start[h], C::ZERO, codes[h], a[h]));
+                    sums[r] = _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&*factor.add(2 * I + h)), sums[r]);
                 }
             } else {
                 let dots = _mm256_cvtepi32_ps(D::dots(both, C::ZERO, codes, a));
@@ -142,6 +147,9 @@ unsafe fn dot_some<C: Codes, D: Dot, const R: usize>(
             let (first, at) = (first.add(run * C::RUN), run * 8);
             let (d, s32, s16) = (x.d.as_ptr().add(at), x.s32.as_ptr().add(at), x.s16.as_ptr().add(2 * at));
             prepare::<C, R>(first, row_bytes, d, s32, s16, &mut factors, &mut mins);
+            // From here on factors are read from memory: broadcast from there they cost no place among the products, which the
+            // compiler would give to shuffles of what it has in registers.
+            std::arch::asm!("/* {0} */", in(reg) factors.as_mut_ptr(), options(nostack, preserves_flags));
             let q = q.add(at * 32);
             multiply::<C, D, R, 0>(first, row_bytes, q, &factors, &mut sums);
             multiply::<C, D, R, 1>(first, row_bytes, q.add(64), &factors, &mut sums);

@@ -29,14 +29,14 @@ fn has_min(format: Format) -> bool {
 }
 
 /// The rows `rows` as panels of sixteen: which panel, how many of its rows there are, and their packed weights. Those of
-/// the next panel are fetched meanwhile.
+/// the next panel, of these rows or behind them, are fetched meanwhile.
 fn parts<'a>(w: &Matrix<'a>, rows: &Range<usize>) -> impl Iterator<Item = (usize, usize, &'a [u8])> + use<'a> {
-    let (all, row_bytes, end) = (w.data, w.row_bytes(), rows.end);
-    let data = move |first: usize| &all[end.min(first) * row_bytes..end.min(first + PANEL) * row_bytes];
+    let (all, row_bytes, total, end) = (w.data, w.row_bytes(), w.rows, rows.end);
+    let data = move |first: usize| &all[total.min(first) * row_bytes..total.min(first + PANEL) * row_bytes];
     fetch(data(rows.start));
     rows.clone().step_by(PANEL).enumerate().map(move |(p, first)| {
         fetch(data(first + PANEL));
-        (p, PANEL.min(end - first), data(first))
+        (p, PANEL.min(end - first), &data(first)[..PANEL.min(end - first) * row_bytes])
     })
 }
 

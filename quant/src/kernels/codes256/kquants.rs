@@ -4,13 +4,11 @@ use super::*;
 
 /// The 4-bit codes of two groups that lie in the same 32 bytes, one in the low halves and one in the high ones.
 #[inline(always)]
-unsafe fn nibbles_side_by_side(p: *const u8) -> [__m256i; 2] {
+unsafe fn low_and_high(p: *const u8) -> [__m256i; 2] {
     // SAFETY: the caller's pointer has 32 bytes.
     unsafe {
-        let x = load(p);
-        let by = _mm256_setr_epi64x(0, 0, 4, 4);
-        let twice = [_mm256_permute4x64_epi64::<0x44>(x), _mm256_permute4x64_epi64::<0xee>(x)];
-        twice.map(|x| _mm256_and_si256(_mm256_srlv_epi64(x, by), _mm256_set1_epi8(15)))
+        let (x, mask) = (load(p), _mm256_set1_epi8(15));
+        [_mm256_and_si256(x, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask)]
     }
 }
 
@@ -77,24 +75,25 @@ impl Codes for Q3_K {
 unsafe fn six_bits(p: *const u8) -> (__m128i, __m128i) {
     // SAFETY: the caller's pointer has 12 bytes.
     unsafe {
-        let word = |i: usize| p.add(4 * i).cast::<u32>().read_unaligned();
+        let word = |i: usize| u64::from(p.add(4 * i).cast::<u32>().read_unaligned());
         let (a, b, c) = (word(0), word(1), word(2));
         let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x0303_0303);
-        let scales = _mm_setr_epi32((a & six) as i32, (c & four | (a >> 6 & two) << 4) as i32, 0, 0);
-        let mins = _mm_setr_epi32((b & six) as i32, (c >> 4 & four | (b >> 6 & two) << 4) as i32, 0, 0);
-        (scales, mins)
+        let scales = a & six | (c & four | (a >> 6 & two) << 4) << 32;
+        let mins = b & six | (c >> 4 & four | (b >> 6 & two) << 4) << 32;
+        (_mm_cvtsi64_si128(scales as i64), _mm_cvtsi64_si128(mins as i64))
     }
 }
 
 macro_rules! four_and_five_bits {
-    ($name:ident, |$block:ident, $g:ident| $codes:expr $(, |$run:ident, $i:ident| $pair:expr)?) => {
+    ($name:ident, |$block:ident, $g:ident| $codes:expr , |$run:ident, $i:ident| $pair:expr) => {
         impl Codes for $name {
             const ZERO: u8 = 0;
-            $(#[inline(always)]
+            const APART: bool = true;
+            #[inline(always)]
             unsafe fn pair($run: *const u8, $i: usize) -> [__m256i; 2] {
                 // SAFETY: the caller keeps to the block.
                 unsafe { $pair }
-            })?
+            }
             #[inline(always)]
             unsafe fn codes($block: *const u8, $g: usize) -> __m256i {
                 // SAFETY: the caller keeps to the block.
@@ -119,13 +118,28 @@ macro_rules! four_and_five_bits {
 four_and_five_bits!(
     Q4_K,
     |b, g| _mm256_and_si256(shift_right(load(b.add(16 + 32 * (g / 2))), 4 * (g % 2)), _mm256_set1_epi8(15)),
-    |b, i| nibbles_side_by_side(b.add(16 + 32 * i))
+    |b, i| low_and_high(b.add(16 + 32 * i))
 );
-four_and_five_bits!(Q5_K, |b, g| {
-    let low = _mm256_and_si256(shift_right(load(b.add(48 + 32 * (g / 2))), 4 * (g % 2)), _mm256_set1_epi8(15));
-    let high = _mm256_and_si256(shift_right(load(b.add(16)), g), _mm256_set1_epi8(1));
-    _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))
-});
+four_and_five_bits!(
+    Q5_K,
+    |b, g| {
+        let low = _mm256_and_si256(shift_right(load(b.add(48 + 32 * (g / 2))), 4 * (g % 2)), _mm256_set1_epi8(15));
+        let high = _mm256_and_si256(shift_right(load(b.add(16)), g), _mm256_set1_epi8(1));
+        _mm256_or_si256(low, _mm256_slli_epi16::<4>(high))
+    },
+    |b, i| {
+        let ([low, high], x) = (low_and_high(b.add(48 + 32 * i)), load(b.add(16)));
+        // Bits 2 i and 2 i + 1, to bit 4.
+        let bit = |x| _mm256_and_si256(x, _mm256_set1_epi8(16));
+        let [x, y] = match i {
+            0 => [_mm256_slli_epi16::<4>(x), _mm256_slli_epi16::<3>(x)],
+            1 => [_mm256_slli_epi16::<2>(x), _mm256_slli_epi16::<1>(x)],
+            2 => [x, _mm256_srli_epi16::<1>(x)],
+            _ => [_mm256_srli_epi16::<2>(x), _mm256_srli_epi16::<3>(x)],
+        };
+        [_mm256_or_si256(low, bit(x)), _mm256_or_si256(high, bit(y))]
+    }
+);
 
 impl Codes for Q6_K {
     const ZERO: u8 = 32;
