@@ -16,11 +16,26 @@ use std::ops::Range;
 /// The product for one row, where the format has one here.
 pub(super) fn dot_codes(format: Format) -> Option<DotCodes> {
     fn entry<C: Quads>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
-        let x = QuantizedRows { cols: x.q.len(), all: x };
         // SAFETY: this table is handed out only where `available`.
-        unsafe { dots::<C>(data, x, 0..1, out) }
+        unsafe { alone::<C>(data, x, out) }
     }
     by_quads!(format, entry)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+fn alone<C: Quads>(data: &[u8], x: QuantizedRow<'_>, out: &mut [f32]) {
+    let row_bytes = x.q.len() / C::FORMAT.block_len() * C::BYTES;
+    let (groups, count) = (x.q.len() / 32, out.len());
+    assert!(data.len() >= count * row_bytes, "weights are shorter than the rows asked for");
+    assert!(x.d.len() == groups && x.s32.len() == groups && x.s16.len() == 2 * groups);
+    assert!(x.c32.len() == groups && x.c16.len() == 2 * groups);
+    let x = QuantizedRows { cols: x.q.len(), all: x };
+    let ahead = Ahead::here();
+    for o in (0..count).step_by(4) {
+        let weights = Weights { first: data[o * row_bytes..].as_ptr(), row_bytes, count: (count - o).min(4), ahead };
+        // SAFETY: the assertions keep every row of weights and the activations inside the slices.
+        unsafe { one_or_two::<C, 1>(weights, x, 0, &mut out[o..], count) };
+    }
 }
 
 /// The product for several rows.
