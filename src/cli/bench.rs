@@ -123,7 +123,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         isa = engine.isa().name();
         let mut measured = Vec::new();
         let ids = fixed_ids(deepest + args.prompt.max(args.generate), engine.vocab_size());
-        warm(&mut engine, &ids)?;
+        warm(&mut engine, &ids, args.prompt)?;
         for &depth in &args.depth {
             if args.prompt > 0 {
                 measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args)?, Vec::new()));
@@ -181,9 +181,11 @@ fn fixed_ids(count: usize, vocabulary: usize) -> Vec<u32> {
     (0..count as u64).map(|i| ((i * 7919 + 13) % vocabulary as u64) as u32).collect()
 }
 
-/// A turn that is not measured: pages and buffers are there afterwards.
-fn warm(engine: &mut Engine, ids: &[u32]) -> Result<()> {
-    engine.prompt(0, &ids[..1], &mut |_| true)?;
+/// A turn that is not measured, with as much of the prompt as llama-bench warms up with: pages and buffers are there
+/// afterwards.
+fn warm(engine: &mut Engine, ids: &[u32], prompt: usize) -> Result<()> {
+    engine.prompt(0, &ids[..prompt.clamp(1, 512)], &mut |_| true)?;
+    engine.truncate(0, 0);
     engine.step(&[(0, ids[0])])?;
     engine.truncate(0, 0);
     Ok(())
