@@ -275,12 +275,16 @@ impl Cpu {
             let w = &weights[i];
             let (cols, panel) = (w.cols, w.cols * PANEL);
             let block = blocking(w).1;
+            let short = match meet {
+                Meet::Half(half) => self.short(half, n, w, tail),
+                _ => None,
+            };
             PANELS.with_borrow_mut(|panels| {
                 let mut tile = [0f32; BLOCK * WIDTH];
                 let mut second = [0f32; BLOCK * WIDTH];
                 match meet {
                     Meet::Floats => panels.unpack_floats(self, w, &rows),
-                    Meet::Half(half) if self.short(half, n, w, tail).is_some() => panels.half.reserve(WIDTH * NEAR),
+                    Meet::Half(_) if short.is_some() => panels.half.reserve(WIDTH * NEAR),
                     Meet::Half(half) => panels.unpack_half(&half, w, &rows, tail),
                     Meet::Words(words) => panels.unpack_words(&words, w, &rows),
                     Meet::Codes(_) => panels.unpack_codes(self, w, &rows),
@@ -305,23 +309,23 @@ impl Cpu {
                             let panels = &panels.floats[2 * pair * panel..];
                             (self.kernels.gemm)(shape, &x[start * cols..end * cols], panels, &mut tile);
                         }
-                        Meet::Half(half) if let Some(short) = self.short(half, n, w, tail) => {
-                            let x = HalfRows { all: &rounded.half, cols, padded: n.next_multiple_of(ROW_BLOCK) };
-                            let data = &w.data[first * w.row_bytes()..];
-                            short(data, width, x, start..end, &mut panels.half, &mut tile, WIDTH);
-                        }
                         Meet::Half(half) => {
-                            let panel = panel * half.weight_parts(w.format) + tail.width * PANEL;
-                            let (a, b) = panels.half[2 * pair * panel..2 * (pair + 1) * panel].split_at(panel);
                             let (cols, padded) = (cols + tail.width, n.next_multiple_of(ROW_BLOCK));
                             let x = HalfRows { all: &rounded.half, cols, padded };
-                            if let Some(mul_to) = half.mul_to.filter(|_| width == used * PANEL) {
-                                let to = out[i].pointer(start * w.rows + first..(end - 1) * w.rows + last);
-                                // SAFETY: a column range of the output belongs to one task.
-                                unsafe { mul_to(&[a, b][..used], x, start..end, to, w.rows) };
-                                continue;
+                            if let Some(short) = short {
+                                let data = &w.data[first * w.row_bytes()..];
+                                short(data, width, x, start..end, &mut panels.half, &mut tile, WIDTH);
+                            } else {
+                                let panel = panel * half.weight_parts(w.format) + tail.width * PANEL;
+                                let (a, b) = panels.half[2 * pair * panel..2 * (pair + 1) * panel].split_at(panel);
+                                if let Some(mul_to) = half.mul_to.filter(|_| width == used * PANEL) {
+                                    let to = out[i].pointer(start * w.rows + first..(end - 1) * w.rows + last);
+                                    // SAFETY: a column range of the output belongs to one task.
+                                    unsafe { mul_to(&[a, b][..used], x, start..end, to, w.rows) };
+                                    continue;
+                                }
+                                (half.mul)(&[a, b][..used], x, start..end, &mut tile, WIDTH);
                             }
-                            (half.mul)(&[a, b][..used], x, start..end, &mut tile, WIDTH);
                         }
                         Meet::Words(words) => {
                             let panels = panels.word_panels(w, pair);
@@ -350,7 +354,7 @@ impl Cpu {
                 }
             });
         };
-        // Few rows are done soon: then what lies behind must have been fetched by the thread that takes it.
+        // Few rows are done soon: then what lies behind must have been fetched by the thread that takes it. Many are no faster so.
         if n <= BLOCK {
             self.team.run_in_stretches(tasks.len(), &task);
         } else {

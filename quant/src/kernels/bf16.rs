@@ -203,6 +203,7 @@ pub(super) unsafe fn store_transposed(rows: [__m512i; 16], out: *mut u16) {
 
 /// Rows that go through a panel together: with two panels their sums fill half of the registers.
 const TOGETHER: usize = 8;
+
 fn mul(panels: &[&[u16]], x: HalfRows<'_>, rows: Range<usize>, out: &mut [f32], stride: usize) {
     let (cols, padded) = (x.cols, x.padded);
     assert!(cols.is_multiple_of(STEP) && panels.iter().all(|p| p.len() >= cols * PANEL));

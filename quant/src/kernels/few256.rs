@@ -106,17 +106,14 @@ unsafe fn multiply<C: Codes, D: Dot, const R: usize, const I: usize>(
         for r in 0..R {
             let codes = C::pair(first.add(r * row_bytes), I);
             let factor = factors[r].0.as_ptr();
-            if C::HALVES {
-                let eight = _mm256_load_ps(factor.add(I / 2 * 8));
+            if C::APART {
                 for h in 0..2 {
                     let dots = _mm256_cvtepi32_ps(D::dot(start[h], C::ZERO, codes[h], a[h]));
-                    let factor = _mm256_permutevar8x32_ps(eight, place(I % 2 * 2 + h));
+                    let factor = match C::HALVES {
+                        true => _mm256_permutevar8x32_ps(_mm256_load_ps(factor.add(I / 2 * 8)), place(I % 2 * 2 + h)),
+                        false => _mm256_broadcast_ss(&*factor.add(2 * I + h)),
+                    };
                     sums[r] = _mm256_fmadd_ps(dots, factor, sums[r]);
-                }
-            } else if C::APART {
-                for h in 0..2 {
-                    let dots = _mm256_cvtepi32_ps(D::dot(start[h], C::ZERO, codes[h], a[h]));
-                    sums[r] = _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&*factor.add(2 * I + h)), sums[r]);
                 }
             } else {
                 let dots = _mm256_cvtepi32_ps(D::dots(both, C::ZERO, codes, a));

@@ -162,8 +162,8 @@ bytes!(Q8_Z);
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 pub(super) struct Factors {
-    pub(super) scale: [f32; 16],
-    pub(super) min: [f32; 16],
+    scale: [f32; 16],
+    min: [f32; 16],
 }
 
 impl Factors {

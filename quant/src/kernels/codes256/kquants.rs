@@ -85,7 +85,7 @@ unsafe fn six_bits(p: *const u8) -> (__m128i, __m128i) {
 }
 
 macro_rules! four_and_five_bits {
-    ($name:ident, |$block:ident, $g:ident| $codes:expr , |$run:ident, $i:ident| $pair:expr) => {
+    ($name:ident, |$block:ident, $g:ident| $codes:expr, |$run:ident, $i:ident| $pair:expr) => {
         impl Codes for $name {
             const ZERO: u8 = 0;
             const APART: bool = true;
