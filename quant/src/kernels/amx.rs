@@ -1,4 +1,5 @@
-//! AMX: the bf16 matrix unit, for many rows of activations and block formats; all else as AVX-512 does it.
+//! AMX: the matrix unit, in bf16 for many rows of activations, in int8 for several sequences that are generated ([`batch`]); all
+//! else as AVX-512 does it.
 //!
 //! Weights and activations are rounded to bf16 (to nearest even, 8 significant bits each) and their products summed in
 //! f32 over all columns, without stopping for the scales of groups: faster here than int8 tiles, whose sums must be
@@ -11,6 +12,8 @@
 //! one block of assembly loads, multiplies and stores, and leaves nothing in them. Only the configuration lasts from
 //! block to block, within one call.
 
+mod batch;
+
 use super::bf16::{self, ROWS, STEP};
 use super::{HalfRows, Isa, Kernels, PANEL, ROW_BLOCK, avx512, peaks};
 use std::arch::asm;
@@ -18,7 +21,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Whether processor and system have AMX bf16. The first call asks Linux for the permission that it grants a process.
+/// Whether processor and system have AMX, for bf16 and int8. The first call asks Linux for the permission that it grants a process.
 pub(super) fn available() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| on_this_machine() || emulated())
@@ -32,8 +35,9 @@ fn on_this_machine() -> bool {
     // SAFETY: OSXSAVE, tested above, means that XGETBV is there.
     let enabled = unsafe { read_xcr0() };
     let leaf7 = __cpuid_count(7, 0);
-    let (bf16, tiles) = (1 << 22, 1 << 24);
-    if enabled & (3 << 17) != 3 << 17 || leaf7.edx & tiles == 0 || leaf7.edx & bf16 == 0 || !bf16::available() {
+    // Of bf16, tiles and int8.
+    let wanted = 1 << 22 | 1 << 24 | 1 << 25;
+    if enabled & (3 << 17) != 3 << 17 || leaf7.edx & wanted != wanted || !bf16::available() {
         return false;
     }
     ask_permission()
@@ -72,6 +76,7 @@ fn ask_permission() -> bool {
 pub(super) fn kernels() -> Kernels {
     Kernels {
         isa: Isa::Amx,
+        dot_batch: batch::dot_batch,
         half: Some(bf16::kernels::<1>(mul::<1>, Some(mul_to::<1>))),
         half_columns: Some(bf16::COLUMNS),
         split: Some(bf16::kernels::<2>(mul::<2>, Some(mul_to::<2>))),
@@ -80,7 +85,7 @@ pub(super) fn kernels() -> Kernels {
     }
 }
 
-/// The shapes of the eight tiles, as LDTILECFG reads them: all are 16 rows of 64 bytes.
+/// The shapes of the eight tiles, as LDTILECFG reads them.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -91,10 +96,17 @@ struct Config {
 }
 
 impl Config {
+    /// All tiles have 16 rows of 64 bytes.
     fn new() -> Config {
+        Config::of([(ROWS as u8, 64); 8])
+    }
+
+    /// Rows and bytes of a row of each tile.
+    fn of(tiles: [(u8, u16); 8]) -> Config {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].fill(ROWS as u8);
+        for (i, (rows, row_bytes)) in tiles.into_iter().enumerate() {
+            (config.rows[i], config.row_bytes[i]) = (rows, row_bytes);
+        }
         config
     }
 }

@@ -1,6 +1,8 @@
 //! Block formats in 512-bit registers: how four groups of 32 codes are taken out of each one's blocks. For processors
 //! with VBMI (Ice Lake, Zen 4 and later); others take [`super::codes256`].
 
+pub(super) mod panels;
+
 use super::codes256::{Codes, MXFP4_TABLE};
 use crate::formats::*;
 use std::arch::x86_64::*;
@@ -254,14 +256,33 @@ macro_rules! wide_scales {
 wide_scales!(Q8_F);
 wide_scales!(Q8_Z);
 
+/// Four codes each: lane `4 g + r` of register `j` is lane `4 g + j` of `rows[r]`.
+#[inline(always)]
+pub(super) unsafe fn turned([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+        let (ab2, cd2) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+        [
+            _mm512_unpacklo_epi64(ab, cd),
+            _mm512_unpackhi_epi64(ab, cd),
+            _mm512_unpacklo_epi64(ab2, cd2),
+            _mm512_unpackhi_epi64(ab2, cd2),
+        ]
+    }
+}
+
 /// Entries of a table, raised.
 #[inline(always)]
-unsafe fn raised(table: &[i8; 16], by: u8, codes: [__m512i; 2]) -> [__m512i; 2] {
+unsafe fn raised<const N: usize>(table: &[i8; 16], by: u8, mut codes: [__m512i; N]) -> [__m512i; N] {
     // SAFETY: the caller has AVX-512; the table has 16 bytes.
     unsafe {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
         let table = _mm512_add_epi8(table, _mm512_set1_epi8(by as i8));
-        [_mm512_shuffle_epi8(table, codes[0]), _mm512_shuffle_epi8(table, codes[1])]
+        for code in &mut codes {
+            *code = _mm512_shuffle_epi8(table, *code);
+        }
+        codes
     }
 }
 

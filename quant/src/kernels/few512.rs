@@ -7,7 +7,7 @@
 //! spread to the lanes that they meet.
 
 use super::ahead::Ahead;
-use super::codes512::{Quads, by_quads};
+use super::codes512::{Quads, by_quads, turned};
 use super::{DotBatch, DotCodes, QuantizedRow, QuantizedRows};
 use crate::formats::{BlockFormat, Format, Q8_Z};
 use std::arch::x86_64::*;
@@ -48,17 +48,12 @@ pub(super) fn dot_batch(format: Format) -> Option<DotBatch> {
 }
 
 /// Most rows of activations that codes which have changed places meet before the next codes do.
-const MOST: usize = 16;
+pub(super) const MOST: usize = 16;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-fn dots<C: Quads>(data: &[u8], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32]) {
-    let row_bytes = x.cols / C::FORMAT.block_len() * C::BYTES;
-    let (groups, count) = (x.cols / 32, out.len() / rows.len().max(1));
-    assert!(data.len() >= count * row_bytes, "weights are shorter than the rows asked for");
-    assert!(x.all.q.len() >= rows.end * x.cols && x.all.d.len() >= rows.end * groups);
-    assert!(x.all.s32.len() >= rows.end * groups && x.all.s16.len() >= 2 * rows.end * groups);
-    assert!(x.all.c32.len() >= rows.end * groups && x.all.c16.len() >= 2 * rows.end * groups);
-    assert!(out.len() == rows.len() * count);
+pub(super) fn dots<C: Quads>(data: &[u8], x: QuantizedRows<'_>, rows: Range<usize>, out: &mut [f32]) {
+    let row_bytes = checked::<C>(data, x, &rows, out);
+    let count = out.len() / rows.len().max(1);
     let ahead = Ahead::here();
     let step = if rows.len() <= 2 { 4 } else { 8 };
     for o in (0..count).step_by(step) {
@@ -83,6 +78,18 @@ fn dots<C: Quads>(data: &[u8], x: QuantizedRows<'_>, rows: Range<usize>, out: &m
     }
 }
 
+/// Bytes of a row of weights, all of which, with the activations and the sums, are in the slices.
+pub(super) fn checked<C: Quads>(data: &[u8], x: QuantizedRows<'_>, rows: &Range<usize>, out: &[f32]) -> usize {
+    let row_bytes = x.cols / C::FORMAT.block_len() * C::BYTES;
+    let (groups, count) = (x.cols / 32, out.len() / rows.len().max(1));
+    assert!(data.len() >= count * row_bytes, "weights are shorter than the rows asked for");
+    assert!(x.all.q.len() >= rows.end * x.cols && x.all.d.len() >= rows.end * groups);
+    assert!(x.all.s32.len() >= rows.end * groups && x.all.s16.len() >= 2 * rows.end * groups);
+    assert!(x.all.c32.len() >= rows.end * groups && x.all.c16.len() >= 2 * rows.end * groups);
+    assert!(out.len() == rows.len() * count);
+    row_bytes
+}
+
 /// Rows of weights that go together, at most four for each set.
 #[derive(Clone, Copy)]
 struct Weights {
@@ -97,20 +104,20 @@ const LARGEST: usize = Q8_Z::BYTES;
 
 /// The rows of activations that a run of weights meets: where the first one's numbers begin, and how far apart rows are.
 #[derive(Clone, Copy)]
-struct Meets {
-    q: (*const i8, usize),
+pub(super) struct Meets {
+    pub(super) q: (*const i8, usize),
     /// Scales, eight.
-    d: (*const f32, usize),
+    pub(super) d: (*const f32, usize),
     /// What minimums are multiplied by: eight sums, with [`BlockFormat::HALVES`] sixteen.
-    sums: (*const f32, usize),
+    pub(super) sums: (*const f32, usize),
     /// -128 times the sums of codes, likewise.
-    corrections: (*const i32, usize),
+    pub(super) corrections: (*const i32, usize),
 }
 
 impl Meets {
     /// From group `g` of row `row` on.
     #[inline(always)]
-    fn at<C: Quads>(x: QuantizedRows<'_>, row: usize, g: usize) -> Self {
+    pub(super) fn at<C: Quads>(x: QuantizedRows<'_>, row: usize, g: usize) -> Self {
         let groups = x.cols / 32;
         let halves = if C::HALVES { 2 } else { 1 };
         let (sums, corrections) = if C::HALVES { (x.all.s16, x.all.c16) } else { (x.all.s32, x.all.c32) };
@@ -380,9 +387,9 @@ unsafe fn activations<C: Quads>(meets: Meets, b: usize, i: usize) -> [__m512i; 2
 /// Scales and minimums of a run of four rows, in the lanes of the sums that they meet: one register for each quad, with
 /// [`BlockFormat::HALVES`] for each half of one.
 #[derive(Clone, Copy)]
-struct Factors {
-    scales: [__m512; 4],
-    mins: [__m512; 4],
+pub(super) struct Factors {
+    pub(super) scales: [__m512; 4],
+    pub(super) mins: [__m512; 4],
 }
 
 /// Where number `4 k + g` of row `r` is found, for lane `4 g + r`: those of rows with an odd `r` in a second register, and of the
@@ -404,7 +411,7 @@ impl Factors {
     /// # Safety
     /// A run in each row, and AVX-512 with VBMI.
     #[inline(always)]
-    unsafe fn of<C: Quads>(rows: [*const u8; 4]) -> Self {
+    pub(super) unsafe fn of<C: Quads>(rows: [*const u8; 4]) -> Self {
         // SAFETY: the caller's promise.
         unsafe {
             let [a, b, c, d] = rows;
@@ -495,22 +502,6 @@ unsafe fn by_fours([a, b, c, d]: [__m512i; 4]) -> __m512i {
         let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
         _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
-    }
-}
-
-/// Four codes each: lane `4 g + r` of register `j` is lane `4 g + j` of `rows[r]`.
-#[inline(always)]
-unsafe fn turned([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
-    // SAFETY: the caller has AVX-512.
-    unsafe {
-        let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
-        let (ab2, cd2) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
-        [
-            _mm512_unpacklo_epi64(ab, cd),
-            _mm512_unpackhi_epi64(ab, cd),
-            _mm512_unpacklo_epi64(ab2, cd2),
-            _mm512_unpackhi_epi64(ab2, cd2),
-        ]
     }
 }
 

@@ -184,6 +184,22 @@ unsafe fn step(gregs: &mut [i64; 23], tiles: &mut Tiles) -> Option<()> {
             }
             5
         }
+        // TDPBSUD
+        (2, 0x5E, true) => {
+            let (to, a, b) = (instruction.reg(), instruction.rm(), instruction.second());
+            let shapes = tiles.shapes.expect("no configuration");
+            let ((m, n), (_, k)) = (shapes[to], shapes[a]);
+            assert!(shapes[a].0 == m && shapes[b] == ((k / 4) as u8, n), "shapes that do not fit together");
+            let (a, b) = (tiles.data[a], tiles.data[b]);
+            for (sums, a) in tiles.data[to][..usize::from(m)].iter_mut().zip(&a) {
+                for (i, sum) in sums[..usize::from(n)].as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let products =
+                        (0..usize::from(k)).map(|c| i32::from(a[c] as i8) * i32::from(b[c / 4][4 * i + c % 4]));
+                    *sum = (i32::from_le_bytes(*sum) + products.sum::<i32>()).to_le_bytes();
+                }
+            }
+            5
+        }
         _ => return None,
     };
     gregs[rip] += length as i64;
