@@ -425,7 +425,7 @@ fn imatrix_in_both_forms() {
     let file = home.write("text.txt", (0..300).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect::<String>());
     let (new, old) = (home.path("i.gguf"), home.path("i.dat"));
     for out in [&new, &old] {
-        let said = home.ok(&["imatrix", "tiny", "-f", &file, "--ctx", "64", "-o", out.to_str().unwrap()]);
+        let said = home.ok(&["imatrix", "tiny", "-f", &file, "-c", "64", "-t", "1", "-o", out.to_str().unwrap()]);
         assert!(said.contains("14 matrices, from 256 tokens"), "{said}");
     }
     let (new, old) = (Imatrix::read(&new).unwrap(), Imatrix::read(&old).unwrap());

@@ -23,10 +23,10 @@ pub struct Args {
     /// A .gguf file, a Hugging Face directory, or a name in the store
     pub model: String,
     /// Threads, one number or several with commas (default: the physical cores)
-    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    #[arg(short, long, value_name = "N,..", value_delimiter = ',')]
     pub threads: Vec<NonZeroUsize>,
     /// Tokens in the context before either is measured
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
+    #[arg(short, long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
     pub depth: Vec<usize>,
     /// Sequences that generate together
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "1")]

@@ -18,7 +18,7 @@ pub struct Args {
     /// A .gguf file, a Hugging Face directory, or a name in the store
     model: String,
     /// Also the memory at this context
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N")]
     ctx: Option<std::num::NonZeroUsize>,
     /// Print one JSON object
     #[arg(long)]

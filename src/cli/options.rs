@@ -51,7 +51,7 @@ pub struct ModelOptions {
     /// A .gguf file, a Hugging Face directory, or a name in the store
     pub model: String,
     /// Threads (default: the physical cores)
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N")]
     pub threads: Option<NonZeroUsize>,
     /// An adapter, with its strength if that is not 1; may be repeated
     #[arg(long = "adapter", value_name = "A[=SCALE]", value_parser = adapter)]

@@ -29,7 +29,7 @@ pub struct Args {
     #[arg(long, value_name = "MODEL")]
     against: Option<String>,
     /// Tokens of a chunk
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=1_048_576))]
+    #[arg(short, long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=1_048_576))]
     ctx: u32,
     /// Only the first N chunks
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME|FILE")]
     template: Option<String>,
     /// Context in tokens (default: the model's, at most 8192)
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N")]
     ctx: Option<std::num::NonZeroUsize>,
     #[command(flatten)]
     draft: DraftOptions,
