@@ -8,7 +8,7 @@ use super::floats512::{dot_floats, f16_to_f32, f32_to_f16, gemm, pack_floats};
 use super::lanes::compiled_lanes;
 use super::scalar::packed;
 use super::{CodePanel, DotCodes, Isa, Kernels, Lanes, PANEL, QuantizedRow, QuantizedRowMut, QuantizedRows};
-use super::{few512, heads512, peaks};
+use super::{exp512, few512, heads512, peaks};
 use crate::formats::Format;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -45,6 +45,10 @@ pub(super) fn kernels() -> Kernels {
         peaks: peaks::avx512(),
         lanes: Lanes {
             across: super::across512::across,
+            exp_sum: |max, x| {
+                // SAFETY: this table is handed out only where AVX-512 is available.
+                unsafe { exp512::exp_sum(max, x) }
+            },
             ..compiled_lanes!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
         },
     }

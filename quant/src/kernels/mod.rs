@@ -23,6 +23,8 @@ mod codes256;
 mod codes512;
 mod columns;
 #[cfg(target_arch = "x86_64")]
+mod exp512;
+#[cfg(target_arch = "x86_64")]
 mod few256;
 #[cfg(target_arch = "x86_64")]
 mod few512;

@@ -424,6 +424,32 @@ fn products_of_floats() {
 }
 
 #[test]
+fn exponentials_and_their_sum() {
+    let mut random = Random(12);
+    for (isa, kernels) in tables() {
+        for len in (0..70).chain([256, 1000]) {
+            let most = random.number() * 20.0;
+            // Most are near the largest, some beyond what a float holds the exponential of.
+            let mut x: Vec<f32> = (0..len).map(|i| most - random.number().abs() * [1.0, 20.0, 130.0][i % 3]).collect();
+            if len > 3 {
+                (x[1], x[2]) = (f32::NEG_INFINITY, most);
+            }
+            let want: Vec<f64> = x.iter().map(|x| f64::from(x - most).exp()).collect();
+            let sum = (kernels.lanes.exp_sum)(most, &mut x);
+            for (got, want) in x.iter().zip(&want) {
+                // Two units in the last place, or of the smallest numbers.
+                let near = (f64::from(*got) - want).abs() <= want * 2f64.powi(-22) + 2f64.powi(-148);
+                assert!(near, "{isa} {len}: {got:e} {want:e}");
+            }
+            let want: f64 = want.iter().sum();
+            assert!((f64::from(sum) - want).abs() <= want * 1e-6, "{isa} {len}: {sum} {want}");
+        }
+        let mut x = [0.0, f32::NAN, -1.0];
+        assert!((kernels.lanes.exp_sum)(0.0, &mut x).is_nan() && x[1].is_nan() && x[0] == 1.0, "{isa}");
+    }
+}
+
+#[test]
 fn halves_to_floats_and_back() {
     let all: Vec<u16> = (0..=u16::MAX).collect();
     let mut random = Random(9);
