@@ -20,6 +20,10 @@ pub(super) fn unwrap(config: &mut Value) -> bool {
     const SHARED: [&str; 6] =
         ["quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype"];
     let Some(Value::Object(text)) = config.get("text_config") else { return false };
+    // Its text attends to what follows it too, which a model of text alone doesn't say.
+    if config.get("model_type").and_then(Value::as_str) == Some("paligemma") {
+        return false;
+    }
     let mut text = text.clone();
     for key in SHARED {
         if let (None, Some(value)) = (text.get(key), config.get(key)) {

@@ -60,6 +60,7 @@ const DEEPSEEK: Fields =
 fn from_config(
     config: &Config<'_>,
     family: &'static str,
+    defaults: &Defaults,
     route: impl Fn(Experts) -> Result<Experts>,
 ) -> Result<ModelSpec> {
     let layout = match config.bool_or("rope_interleave", true)? {
@@ -88,15 +89,27 @@ fn from_config(
         let Some(mlp) = layer.mlp.take() else { continue };
         layer.mlp = shared.map(|width| Mlp { width, ..mlp.clone() });
         let experts = Experts::new(count, used, Mlp { width, ..mlp });
-        let renormalise = config.bool_or("norm_topk_prob", false)?;
-        let scale = config.f32_opt("routed_scaling_factor")?.unwrap_or(1.0);
+        let renormalise = config.bool_or("norm_topk_prob", defaults.renormalise)?;
+        let scale = config.f32_opt("routed_scaling_factor")?.unwrap_or(defaults.scale);
         layer.experts = Some(route(Experts { renormalise, scale, ..experts })?);
     }
     Ok(spec)
 }
 
-fn groups(config: &Config<'_>, best: usize) -> Result<Option<Groups>> {
-    let (count, used) = (config.usize_opt("n_group")?, config.usize_opt("topk_group")?);
+/// What a configuration that says nothing of routing means.
+struct Defaults {
+    renormalise: bool,
+    scale: f32,
+    /// Groups, and how many of them are kept.
+    groups: Option<(usize, usize)>,
+}
+
+const V2_DEFAULTS: Defaults = Defaults { renormalise: false, scale: 1.0, groups: None };
+const V3_DEFAULTS: Defaults = Defaults { renormalise: true, scale: 2.5, groups: Some((8, 4)) };
+
+fn groups(config: &Config<'_>, defaults: &Defaults, best: usize) -> Result<Option<Groups>> {
+    let count = config.usize_opt("n_group")?.or(defaults.groups.map(|g| g.0));
+    let used = config.usize_opt("topk_group")?.or(defaults.groups.map(|g| g.1));
     Ok(count.zip(used).map(|(count, used)| Groups { count, used, best }))
 }
 
@@ -104,10 +117,10 @@ fn v2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only_word("scoring_func", "softmax")?;
     // Divided by their sum, weights are not scaled in DeepSeek's code and are neither in transformers'.
     config.only("norm_topk_prob", false)?;
-    from_config(config, "deepseek_v2", |experts| {
+    from_config(config, "deepseek_v2", &V2_DEFAULTS, |experts| {
         let groups = match config.str("topk_method") {
             Some("greedy") | None => None,
-            Some("group_limited_greedy") => groups(config, 1)?,
+            Some("group_limited_greedy") => groups(config, &V2_DEFAULTS, 1)?,
             Some(other) => return Err(config.error(format!("topk_method = '{other}' is not supported"))),
         };
         Ok(Experts { groups, ..experts })
@@ -117,8 +130,8 @@ fn v2_from_config(config: &Config<'_>) -> Result<ModelSpec> {
 fn v3_from_config(config: &Config<'_>) -> Result<ModelSpec> {
     config.only_word("scoring_func", "sigmoid")?;
     config.only_word("topk_method", "noaux_tc")?;
-    from_config(config, "deepseek_v3", |experts| {
-        let groups = groups(config, 2)?;
+    from_config(config, "deepseek_v3", &V3_DEFAULTS, |experts| {
+        let groups = groups(config, &V3_DEFAULTS, 2)?;
         Ok(Experts { routing: Routing::Sigmoid, choice_bias: true, groups, ..experts })
     })
 }
