@@ -56,6 +56,8 @@ pub struct Engine {
     logits: Option<Activations>,
     /// What each slot holds.
     held: Vec<Held>,
+    /// Where the adapters in force are.
+    adapters: Vec<PathBuf>,
 }
 
 /// The tokens of a slot, and the outline that they were computed with.
@@ -63,6 +65,10 @@ pub struct Engine {
 struct Held {
     ids: Vec<u32>,
     outline: Outline,
+}
+
+fn names(adapters: &[(PathBuf, f32)]) -> Vec<PathBuf> {
+    adapters.iter().map(|(path, _)| path.clone()).collect()
 }
 
 impl Engine {
@@ -117,7 +123,8 @@ impl Engine {
         let mut backend = CpuBackend::new(cpu, kv);
         backend.put_prefix(&model);
         let held = vec![Held::default(); options.slots.max(1)];
-        Ok(Engine { checkpoint, model, backend, context, logits: None, held })
+        let adapters = names(&options.adapters);
+        Ok(Engine { checkpoint, model, backend, context, logits: None, held, adapters })
     }
 
     /// Logits per position.
@@ -364,6 +371,7 @@ impl Engine {
         }
         self.backend.put_prefix(&self.model);
         self.held.fill(Held::default());
+        self.adapters = names(adapters);
         Ok(())
     }
 
@@ -499,6 +507,15 @@ impl Engine {
                 }
             }
         }
-        anyhow!("{path}: the model's output is not a number although its weights are: activations overflowed")
+        match &self.adapters[..] {
+            [] => {
+                anyhow!("{path}: the model's output is not a number although its weights are: activations overflowed")
+            }
+            [adapter, ..] => anyhow!(
+                "{}: with this adapter the output of {path} is not a number: its training went astray (a lower --lr helps), \
+                 or it is damaged",
+                adapter.display()
+            ),
+        }
     }
 }

@@ -105,9 +105,14 @@ fn read(path: &Path, strength: f32, model: &Model) -> Result<Adapter> {
     }
 }
 
-/// A directory that PEFT wrote: adapter_config.json and adapter_model.safetensors.
+/// A directory that PEFT wrote: adapter_config.json and adapter_model.safetensors; or a run of `rushlight train`, which has one in
+/// it.
 fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
-    let config_path = dir.join("adapter_config.json");
+    let (dir, name) = (&mut dir.to_owned(), "adapter_config.json");
+    if !dir.join(name).exists() && dir.join("adapter").join(name).exists() {
+        dir.push("adapter");
+    }
+    let config_path = dir.join(name);
     let config = huggingface::read_config(&config_path)?;
     let config = Config::new(&config, &config_path);
     let (safe, old) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
