@@ -270,6 +270,11 @@ fn another_run_is_not_gone_on_with() {
     let other = text(other);
     let (line, _) = error(&[&["train", &other], &args[2..]].concat());
     assert!(line.contains("base model was"), "{line}");
+    // What cannot go on leaves the run as it was, even with --force.
+    let (line, _) = error(&[&args[..], &["--lora-r", "4", "--force"]].concat());
+    assert!(line.contains("cannot change in a run that has begun"), "{line}");
+    let (line, _) = error(&[&args[..], &["--lr", "0.5"]].concat());
+    assert!(line.contains("(lr was 0.0002, now 0.5)"), "{line}");
     // More steps with --force: it goes on where it was.
     ok(&[&args[..6], &["--max-steps", "5", "--template", "none", "--force"]].concat());
     let steps: Vec<u64> = metrics(Path::new(&out)).iter().map(|l| l["step"].as_u64().unwrap()).collect();

@@ -168,6 +168,10 @@ pub fn peek(path: &Path) -> Result<Progress> {
     Ok(open(path)?.0.progress)
 }
 
+/// Why a checkpoint does not fit.
+const OTHERS: &str = "what is trained (method, rank, targets, optimizer) cannot change in a run that has begun: give what it \
+                      had, or another folder with -o";
+
 /// Takes everything from the file `path`.
 pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimizer>) -> Result<Progress> {
     let said = || path.display().to_string();
@@ -175,7 +179,7 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
     let mut all = arrays_mut(params, optimizer.as_deref_mut());
     ensure!(
         description.arrays.len() >= all.len(),
-        "{}: it holds {} arrays where this run has {}",
+        "{}: it holds {} arrays where this run has {}; {OTHERS}",
         path.display(),
         description.arrays.len(),
         all.len()
@@ -185,7 +189,7 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
         let (kind, len, size) = numbers.about();
         if (&*name, kind, len) != (&there.name, &there.kind, there.len) {
             bail!(
-                "{}: it holds '{}' ({} of {}) where this run has '{name}' ({len} of {kind})",
+                "{}: it holds '{}' ({} of {}) where this run has '{name}' ({len} of {kind}); {OTHERS}",
                 path.display(),
                 there.name,
                 there.len,
@@ -284,6 +288,11 @@ impl Checkpoints {
     /// Whether there is any.
     pub fn is_empty(&self) -> Result<bool> {
         Ok(self.steps("step")?.is_empty())
+    }
+
+    /// The step of the newest, if there is any.
+    pub fn newest(&self) -> Option<u64> {
+        self.steps("step").ok()?.pop()
     }
 
     /// Removes all of them: another run begins.

@@ -18,6 +18,8 @@ pub struct Folder {
     dir: PathBuf,
     /// What the run that is there was asked to do.
     known: Option<Arguments>,
+    /// What the run is asked now, where it agrees.
+    asked: Option<Arguments>,
     /// Locked while this lives.
     _lock: File,
 }
@@ -33,7 +35,10 @@ impl Folder {
         std::fs::create_dir_all(dir).with_context(said)?;
         let file = dir.join(NAME);
         let known = match std::fs::read(&file) {
-            Ok(text) => Some(serde_json::from_slice(&text).unwrap_or_default()),
+            Ok(text) => Some(serde_json::from_slice(&text).with_context(|| {
+                let mend = "remove it, and the same command with --force goes on";
+                format!("{}: damaged: no list of a run's arguments; {mend}", file.display())
+            })?),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(e) => return Err(e).with_context(|| file.display().to_string()),
         };
@@ -52,7 +57,7 @@ impl Folder {
         if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
             bail!("another run is at work in {}: wait for it, or name another folder with -o", dir.display());
         }
-        Ok(Folder { dir: dir.to_owned(), known, _lock: lock })
+        Ok(Folder { dir: dir.to_owned(), known, asked: None, _lock: lock })
     }
 
     /// What the argument `name` of the run that is there was.
@@ -93,11 +98,17 @@ impl Folder {
                 each.collect::<Vec<_>>().join("; ")
             );
         }
-        if self.known.as_ref() != Some(arguments) {
+        self.asked = Some(arguments.clone());
+        // A run that has begun keeps its arguments until what it has learned turns out to fit the new ones.
+        if begun { Ok(()) } else { self.record() }
+    }
+
+    /// Writes down what the run was last asked to do.
+    pub fn record(&self) -> Result<()> {
+        if let Some(asked) = self.asked.as_ref().filter(|asked| self.known.as_ref() != Some(*asked)) {
             let mut out = AtomicFile::create(&self.path(NAME))?;
-            serde_json::to_writer_pretty(&mut out, arguments).map_err(std::io::Error::from)?;
+            serde_json::to_writer_pretty(&mut out, asked).map_err(std::io::Error::from)?;
             out.commit()?;
-            self.known = Some(arguments.clone());
         }
         Ok(())
     }

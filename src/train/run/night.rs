@@ -99,6 +99,7 @@ pub fn train(
     let checkpoints = Checkpoints::open(&folder.path("checkpoints"))?;
     let mut optimizer = Optimizer::new(settings.rule, lesson.params(), settings.decay, settings.threads);
     let loaded = checkpoints.load(lesson.params_mut(), &mut optimizer, &mut |text| watch.note(&text))?;
+    folder.record()?;
     if let Some(progress) = &loaded {
         watch.note(&format!("going on after step {} of {}", progress.step, settings.schedule.steps));
     }
@@ -214,6 +215,17 @@ impl Night<'_> {
     fn finish(&mut self, interrupted: bool, loss: Option<f64>) -> Result<End> {
         self.save(true)?;
         self.write_report();
+        let steps = self.metrics.lines().iter().rev().filter(|line| !matches!(line, Line::Evaluation(_)));
+        let bad = steps.take_while(|line| matches!(line, Line::Skipped(_))).count();
+        // One step may be skipped for its own examples; several that are the last, or all, are no lesson.
+        if !interrupted && bad > 0 && (bad > 1 || self.progress.updates == 0) && self.progress.best.is_none() {
+            let (steps, place) = (self.progress.step, self.folder.dir().display());
+            bail!(
+                "the loss or its gradient was no number in the last {bad} of {steps} steps, so no adapter is written. \
+                 Everything is saved in {place}. If `rushlight run` shows that the model itself is sound, a lower --lr or \
+                 --clip, or a longer --warmup-steps, with another -o usually helps"
+            );
+        }
         let best = self.progress.best.map(|(_, step)| step).filter(|step| *step != self.progress.step && !interrupted);
         if let Some(step) = best {
             checkpoint::read(&self.checkpoints.best(step), self.lesson.params_mut(), None)?;
@@ -339,11 +351,17 @@ impl Night<'_> {
                 Ok(())
             }
             Err(e) if last => Err(e).with_context(|| {
-                format!(
-                    "the last checkpoint could not be written, an older one is in {}: make room, and the same command goes \
-                     on from there",
-                    self.folder.dir().display()
-                )
+                let place = self.folder.dir().display();
+                match self.checkpoints.newest() {
+                    Some(step) => format!(
+                        "the last checkpoint could not be written; that of step {step} is in {place}: make room, and the \
+                         same command goes on from there"
+                    ),
+                    None => format!(
+                        "the checkpoint could not be written, and there is none in {place}: make room, and begin again with \
+                         the same command"
+                    ),
+                }
             }),
             Err(e) => {
                 self.complain(0, &e);

@@ -9,7 +9,7 @@ use super::plan::{Plan, Wish, grouped};
 use super::schedule::{Schedule, Shape};
 use crate::engine::loaded::given_template;
 use crate::train::data::{DataSettings, Dataset, Source, TooLong, auto_batch_size, load};
-use crate::train::tape::Method;
+use crate::train::tape::{Method, check_lora};
 use anyhow::{Context, Result, bail, ensure};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::model::Model;
@@ -205,15 +205,18 @@ impl Request {
     }
 
     /// What can be told wrong without looking at any file.
-    fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
         let positive = |name: &str, x: f64| -> Result<()> {
-            ensure!(x.is_finite() && x > 0.0, "{name} {x}: it is to be above 0");
+            ensure!(x.is_finite() && x > 0.0, "{name} {x}: it is to be a number above 0");
             Ok(())
         };
         let share = |name: &str, x: f64| -> Result<()> {
             ensure!(x.is_finite() && (0.0..=1.0).contains(&x), "{name} {x}: it is to be between 0 and 1");
             Ok(())
         };
+        if let Method::Lora(config) = &self.method {
+            check_lora(config)?;
+        }
         self.rate.map_or(Ok(()), |x| positive("--lr", x))?;
         positive("--learning-rate-multiplier", self.rate_multiplier)?;
         self.epochs.map_or(Ok(()), |x| positive("--epochs", x))?;
@@ -244,7 +247,9 @@ impl Request {
         });
         let usual = if self.shape == Shape::Constant { 0.0 } else { WARMUP };
         let ratio = self.warmup_ratio.unwrap_or(usual);
-        let warmup = self.warmup_steps.unwrap_or((steps as f64 * ratio).ceil() as u64);
+        // The first step of a warm-up learns nothing, so that of a run of one step has to be asked for.
+        let default = ((steps as f64 * ratio).ceil() as u64).min(steps.saturating_sub(1));
+        let warmup = self.warmup_steps.unwrap_or(default);
         Schedule { shape: self.shape, rate: rate * self.rate_multiplier, warmup, steps }
     }
 

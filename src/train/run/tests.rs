@@ -235,6 +235,24 @@ fn a_killed_run_goes_on_from_its_last_checkpoint() {
 }
 
 #[test]
+fn a_run_that_learned_nothing_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    begin(dir.path());
+    let plain = settings();
+    let schedule = Schedule { steps: 3, ..plain.schedule };
+    let plain = Settings { rows: usize::MAX, eval_steps: 0, schedule, ..plain };
+    for _ in 0..2 {
+        // The same command once more does not make it better.
+        let mut lesson = Bigrams { nan_from: 1, ..Bigrams::new() };
+        let error = format!("{:#}", run(dir.path(), &mut lesson, &plain, u64::MAX).0.unwrap_err());
+        assert!(
+            error.contains("no number in the last 3 of 3 steps") && error.contains("no adapter is written"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn numbers_that_are_none_are_skipped_and_then_stop_it() {
     let dir = tempfile::tempdir().unwrap();
     begin(dir.path());

@@ -24,5 +24,6 @@ mod targets;
 pub use learner::Learner;
 pub use memory::{MemoryEstimate, memory};
 pub use method::{Checkpointing, LoraConfig, Method};
+pub use setup::check as check_lora;
 pub use sites::Sites;
 pub use targets::{Module, module, ordinary};

@@ -311,7 +311,8 @@ impl Builder<'_> {
     }
 }
 
-fn check(config: &LoraConfig) -> Result<()> {
+/// What can be told wrong of `config` without a model.
+pub fn check(config: &LoraConfig) -> Result<()> {
     if config.rank == 0 || config.rank > 4096 {
         bail!("--lora-r {}: a rank is from 1 to 4096", config.rank);
     }
