@@ -23,7 +23,7 @@ pub struct Args {
     /// A .gguf file, a Hugging Face directory, or a name in the store
     pub model: String,
     /// Threads, one number or several with commas (default: the physical cores)
-    #[arg(short, long, value_name = "N,..", value_delimiter = ',')]
+    #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = super::options::threads)]
     pub threads: Vec<NonZeroUsize>,
     /// Tokens in the context before either is measured
     #[arg(short, long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]

@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long, value_name = "PATTERN=FORMAT", value_parser = Keep::parse)]
     keep: Vec<Keep>,
     /// Threads (default: the physical cores)
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = super::options::threads)]
     threads: Option<NonZeroUsize>,
     /// Print one JSON object
     #[arg(long)]

@@ -51,7 +51,7 @@ pub struct ModelOptions {
     /// A .gguf file, a Hugging Face directory, or a name in the store
     pub model: String,
     /// Threads (default: the physical cores)
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<NonZeroUsize>,
     /// An adapter, with its strength if that is not 1; may be repeated
     #[arg(long = "adapter", value_name = "A[=SCALE]", value_parser = adapter)]
@@ -60,6 +60,15 @@ pub struct ModelOptions {
     /// f16, for models of floats f32)
     #[arg(long, value_name = "FORMAT", value_parser = kv_format)]
     pub kv: Option<KvFormat>,
+}
+
+/// As many threads as a machine may have.
+pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    const MOST: usize = 1024;
+    match text.trim().parse::<NonZeroUsize>() {
+        Ok(n) if n.get() <= MOST => Ok(n),
+        _ => Err(format!("a number from 1 to {MOST} is needed")),
+    }
 }
 
 fn kv_format(text: &str) -> Result<KvFormat, String> {
@@ -251,7 +260,8 @@ impl SamplingOptions {
 
     /// The compiled rule.
     pub fn constraint(&self, tokenizer: &Tokenizer) -> Result<Option<Constraint>> {
-        self.rule()?.map(|rule| Constraint::new(tokenizer, &rule)).transpose()
+        let rule = self.rule()?;
+        rule.map(|rule| Constraint::new(tokenizer, &rule).map_err(|e| Usage(format!("{e:#}")).into())).transpose()
     }
 }
 

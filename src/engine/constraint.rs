@@ -105,8 +105,11 @@ fn spaced(schema: &Value) -> Result<Value> {
     Ok(schema)
 }
 
+/// The reason that a library gives: what it calls an error, or else its first line.
 fn first_line(text: &str) -> String {
-    text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or("unknown error").chars().take(300).collect()
+    let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+    let reason = lines.clone().find_map(|l| l.strip_prefix("error: "));
+    reason.or_else(|| lines.next()).unwrap_or("unknown error").chars().take(300).collect()
 }
 
 #[cfg(test)]

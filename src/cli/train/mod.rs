@@ -5,7 +5,7 @@ mod options;
 pub use options::Args;
 
 use super::progress::Progress as Bar;
-use super::{Global, Interrupted, interrupt, print_json};
+use super::{Global, Interrupted, Usage, interrupt, print_json};
 use crate::train::batch::Example;
 use crate::train::data::{micro_batches, show};
 use crate::train::run::checkpoint::{Checkpoints, Progress};
@@ -27,6 +27,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 /// Runs the command.
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let request = args.request()?;
+    request.check().map_err(|e| Usage(e.to_string()))?;
     let mut reading = Bar::Silent;
     let mut prepared = request.prepare(&mut |done, total| match done {
         0 => reading = Bar::bytes(global.quiet, "reading examples", total, 0),

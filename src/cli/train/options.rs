@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
     /// Threads (default: the physical cores)
-    #[arg(short, long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = crate::cli::options::threads)]
     threads: Option<NonZeroUsize>,
     /// Minutes between checkpoints
     #[arg(long, value_name = "N", default_value_t = 10.0, value_parser = minutes)]
