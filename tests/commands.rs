@@ -113,6 +113,12 @@ fn wrong_arguments_are_status_2() {
         &["logits", "tiny", "--ids", "-1"],
         &["perplexity", "tiny"],
         &["perplexity", "tiny", "-f", "x", "--ctx", "1"],
+        &["run", "tiny", "-p", "a", "-t", "100000"],
+        &["run", "tiny", "-p", "a", "--seed", "-1"],
+        &["run", "tiny", "-p", "a", "--regex", "(a"],
+        &["run", "tiny", "-p", "a", "--json-schema", "{\"type\": \"nothing\"}"],
+        &["train", "tiny", "--data", "x", "-o", "y", "--lr", "nan"],
+        &["train", "tiny", "--data", "x", "-o", "y", "--lora-r", "0"],
     ] {
         let outcome = home.run(args);
         assert_eq!((outcome.code, outcome.out.as_str()), (Some(2), ""), "{args:?}: {}", outcome.err);
@@ -157,12 +163,42 @@ fn bad_rules_are_one_clear_line() {
         (["--json-schema", "{\"type\": 3"], "--json-schema: not JSON"),
         (["--json-schema", &broken], "schema.json: not JSON"),
         (["--json-schema", "missing.json"], "missing.json"),
-        (["--json-schema", "{\"type\": \"nothing\"}"], "the JSON schema cannot be used"),
-        (["--regex", "(a"], "the regular expression cannot be used"),
     ] {
         let error = home.error(&["run", "tiny", "-p", "a", args[0], args[1]]);
         assert!(error.contains(says), "{args:?}: {error}");
     }
+    for (args, says) in [
+        (["--json-schema", "{\"type\": \"nothing\"}"], "the JSON schema cannot be used"),
+        (["--regex", "(a"], "the regular expression cannot be used: unclosed group"),
+        (["--regex", "(?=a)b"], "the regular expression cannot be used: look-around"),
+    ] {
+        let outcome = home.run(&["run", "tiny", "-p", "a", args[0], args[1]]);
+        assert!(outcome.code == Some(2) && outcome.err.contains(says), "{args:?}: {}", outcome.err);
+    }
+}
+
+#[test]
+fn nothing_else_is_written_over() {
+    let home = Home::new();
+    let text = home.write("text.txt", some_text());
+    let model = home.path("models/tiny/model.safetensors").to_str().unwrap().to_string();
+    let (before, text_before) = (std::fs::read(&model).unwrap(), std::fs::read(&text).unwrap());
+    let page = home.write("page.html", "<!doctype html>\n<p>An old report.\n");
+    for out in [&model, &text, &page] {
+        let error = home.error(&["imatrix", "tiny", "-f", &text, "-c", "64", "-o", out]);
+        assert!(error.contains("is not an importance matrix, so it is not replaced"), "{error}");
+    }
+    let new = home.path("new.gguf").to_str().unwrap().to_string();
+    for report in [&model, &text] {
+        let error = home.error(&["quantize", "tiny", "-o", &new, "--type", "Q8_0", "--report", report]);
+        assert!(error.contains("is not a report, so it is not replaced"), "{error}");
+    }
+    assert_eq!(home.run(&["quantize", "tiny", "-o", &new, "--type", "Q8_0", "--report", &new]).code, Some(2));
+    let outcome = home.feed(&["chat", "tiny", "--template", "chatml"], format!("/save {text}\n").as_bytes());
+    let said = outcome.out + &outcome.err;
+    assert!(said.contains("is not a conversation, so it is not replaced"), "{said}");
+    assert!(std::fs::read(&model).unwrap() == before && std::fs::read(&text).unwrap() == text_before);
+    assert!(!std::path::Path::new(&new).exists());
 }
 
 #[test]
@@ -324,6 +360,30 @@ fn logits_agree_with_the_reference() {
         assert_eq!(x, serde_json::to_string(&x.parse::<f32>().unwrap()).unwrap());
     }
     assert!(home.ok(&["logits", model, "--ids", "1,2"]).starts_with("position 1:"));
+}
+
+#[test]
+fn fields_left_out_are_what_the_family_takes() {
+    let Some(model) = shared("fixtures/families/deepseek_v3") else { return };
+    let home = Home::new();
+    let weights = std::fs::read(model.join("model.safetensors")).unwrap();
+    home.write("v3/model.safetensors", weights);
+    let mut config: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+    let ids = ["--ids", "5,9,200,31,7,80", "--json"];
+    let whole = home.json(&[&["logits", model.to_str().unwrap()], &ids[..]].concat())["positions"].clone();
+    for name in ["norm_topk_prob", "routed_scaling_factor"] {
+        config.as_object_mut().unwrap().remove(name);
+    }
+    home.write("v3/config.json", config.to_string());
+    let without = home.path("v3");
+    assert_eq!(home.json(&[&["logits", without.to_str().unwrap()], &ids[..]].concat())["positions"], whole);
+    // Groups too, which here do not fit.
+    for name in ["n_group", "topk_group"] {
+        config.as_object_mut().unwrap().remove(name);
+    }
+    home.write("v3/config.json", config.to_string());
+    let error = home.error(&[&["logits", without.to_str().unwrap()], &ids[..]].concat());
+    assert!(error.contains("4 of 8 groups"), "{error}");
 }
 
 #[test]

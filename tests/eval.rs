@@ -225,4 +225,8 @@ fn wrong_files_are_named_with_their_lines() {
     let (code, _, err) = rushlight(&["eval", model, "--task", &path("alone"), "--shots", "2", "-o", &out]);
     assert!(code == 1 && err.contains("there are 1 examples for s, fewer than --shots 2"), "{err}");
     assert!(!Path::new(&out).exists());
+    let (task, csv) = (path("alone"), path("alone/s_test.csv"));
+    let (code, _, err) = rushlight(&["eval", model, "--task", &task, "--shots", "1", "-o", &csv]);
+    assert!(code == 1 && err.contains("is not a file of this command, so it is not replaced"), "{err}");
+    assert_eq!(std::fs::read_to_string(&csv).unwrap(), "Q,1,2,3,4,A\n");
 }

@@ -1,6 +1,6 @@
 //! `rushlight eval`: how many multiple-choice questions a model answers rightly.
 
-use super::{Global, Interrupted, ModelOptions, Progress, Usage, interrupt, print_json};
+use super::{Global, Interrupted, ModelOptions, Progress, Usage, interrupt, print_json, replace};
 use crate::engine::Engine;
 use crate::eval::find::{Split, Wanted, subjects};
 use crate::eval::result::{Answer, Score};
@@ -85,6 +85,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         texts: args.text,
     };
     let subjects = subjects(&task, &wanted)?;
+    if let Some(output) = &args.output {
+        replace::check(output, "a file of this command", |path| {
+            replace::is_json_lines(path, &["place", "chosen", "log_likelihoods"])
+        })?;
+    }
     let mut file = args.output.as_ref().map(|path| AtomicFile::create(path)).transpose()?;
     let checkpoint = Checkpoint::open(&path)?;
     let tokenizer = Tokenizer::of(&checkpoint)?;

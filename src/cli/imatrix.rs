@@ -1,7 +1,7 @@
 //! `rushlight imatrix`: how strongly each column of a model's matrices is used.
 
 use super::options::read_text;
-use super::{Global, ModelOptions, Progress};
+use super::{Global, ModelOptions, Progress, replace};
 use crate::calibrate::compare::Chunks;
 use crate::calibrate::imatrix::{collect, gguf_name};
 use crate::calibrate::text::BUILT_IN;
@@ -39,6 +39,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let path = args.model.path()?;
+    replace::check(&args.output, "an importance matrix", |path| Imatrix::read(path).is_ok())?;
     let (text, name) = match &args.file {
         Some(file) => (read_text(file)?, file.display().to_string()),
         None => (BUILT_IN.to_owned(), "the built-in text".to_owned()),

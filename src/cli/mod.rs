@@ -16,6 +16,7 @@ mod progress;
 #[cfg(feature = "hub")]
 mod pull;
 mod quantize;
+mod replace;
 mod run;
 mod tokenize;
 mod train;
@@ -23,7 +24,7 @@ mod train;
 pub use options::{DraftOptions, Global, ModelOptions, SamplingOptions};
 pub use progress::Progress;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde::Serialize;
 use std::io::Write;
 use std::process::ExitCode;
@@ -90,7 +91,10 @@ impl std::error::Error for Interrupted {}
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    // So that `--seed -1` is told what it may be, and not that there is no argument -1.
+    let command = Cli::command().mut_subcommands(|command| command.allow_negative_numbers(true));
+    let parsed = command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             let asked =

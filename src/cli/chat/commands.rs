@@ -1,5 +1,6 @@
 //! What begins with a slash.
 
+use super::super::replace;
 use super::Talk;
 use crate::cli::options::adapter;
 use crate::cli::run::guesses;
@@ -67,7 +68,7 @@ pub fn command(talk: &mut Talk, line: &str) -> Result<Next> {
         "/help" | "/?" => {
             for (name, arguments, meaning) in COMMANDS {
                 let usage = format!("{name} {arguments}");
-                talk.say(&format!("{usage:28}{meaning}"))?;
+                talk.say(&format!("{usage:30}{meaning}"))?;
             }
             talk.say(
                 "End a line with \\ to go on in the next, or put a message of several lines between \"\"\" marks.",
@@ -130,6 +131,11 @@ fn system(talk: &mut Talk, text: &str) -> Result<()> {
 }
 
 fn save(talk: &mut Talk, path: &Path) -> Result<()> {
+    replace::check(path, "a conversation", |path| {
+        replace::begins(path, b"{")
+            && std::fs::metadata(path).is_ok_and(|file| file.len() < 1 << 28)
+            && load(path).is_ok()
+    })?;
     let saved = Saved { model: talk.name.clone(), messages: talk.session.messages().clone() };
     let mut file = AtomicFile::create(path)?;
     serde_json::to_writer_pretty(&mut file, &saved).with_context(|| path.display().to_string())?;

@@ -5,7 +5,7 @@ mod summary;
 
 use self::summary::{Summary, print, summarize};
 use super::options::read_text;
-use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, size};
+use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, replace, size};
 use crate::calibrate::compare::{Chunks, compare};
 use crate::calibrate::{gptq, sensitivity, text};
 use crate::engine::{Engine, model};
@@ -115,7 +115,7 @@ pub struct Args {
     #[arg(long)]
     dry_run: bool,
     /// Threads (default: the physical cores)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = super::options::threads)]
     threads: Option<NonZeroUsize>,
     /// Memory that may be used, such as 4GB (default: half of the machine's)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -194,6 +194,12 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
         }
         output::check(&path, &checkpoint)?;
+        if let Some(page) = &args.report {
+            replace::check(page, "a report", |page| replace::begins(page, b"<!doctype html"))?;
+            if std::path::absolute(page)? == std::path::absolute(&path)? {
+                return Err(Usage(format!("--report {}: the model is written there", page.display())).into());
+            }
+        }
     }
     let report_text = args.report_text.as_deref().map(read_text).transpose()?;
     let stop = interrupt::flag(true);
