@@ -179,7 +179,9 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
         return talk.say(&format!("{:20}{most}", "max_tokens"));
     };
     let name = match name {
+        // As the options are called.
         "temp" => "temperature".to_string(),
+        "repeat-last-n" | "repeat_last_n" => "penalty_last_n".to_string(),
         other => other.replace('-', "_"),
     };
     let value: Value = match value.trim() {

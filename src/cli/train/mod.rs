@@ -176,7 +176,8 @@ fn tell_end(args: &Args, end: &End, pupil: &Pupil, folder: &Folder) -> Result<()
         Kind::Full => format!("rushlight chat {}", result.display()),
         _ => format!("rushlight chat {} --adapter {}", args.model, result.display()),
     };
-    Ok(writeln!(out, "talk with it: {way}")?)
+    let template = args.template().map_or(String::new(), |template| format!(" --template {template}"));
+    Ok(writeln!(out, "talk with it: {way}{template}")?)
 }
 
 /// Shows how a run goes.

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// Train an adapter (or all weights) on examples
 ///
-/// FILE is JSONL, JSON, CSV, Parquet or XLSX with conversations (OpenAI's messages, ShareGPT), instructions (Alpaca,
+/// FILE is JSONL, JSON, CSV, TSV, Parquet, XLSX or text with conversations (OpenAI's messages, ShareGPT), instructions (Alpaca,
 /// prompt and completion, two columns of questions and answers), plain texts, or tokens; --show-data 3 shows what will be
 /// learned. DIR gets the adapter in DIR/adapter, curves (report.html, metrics.jsonl, TensorBoard events) and checkpoints:
 /// the same command goes on where an interrupted run stopped, and ends with the same bytes.
@@ -233,6 +233,11 @@ fn columns(text: &str) -> Result<(String, String), String> {
 }
 
 impl Args {
+    /// The template that was asked for, as a chat has to be.
+    pub(super) fn template(&self) -> Option<&str> {
+        self.data_options.template.as_deref().filter(|name| *name != "none")
+    }
+
     fn method(&self) -> Result<Method> {
         let o = &self.method;
         let lora = [

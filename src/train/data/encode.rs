@@ -75,7 +75,9 @@ impl Encoder<'_> {
                 let stop = |what| Err(Refusal::Stop(format!("conversations need {what}")));
                 let Some(tokenizer) = self.tokenizer else { return stop("a tokenizer, and this model has none") };
                 let Some(template) = self.template else {
-                    return stop("a chat template: leave --template away for the model's own, or name one");
+                    return stop(
+                        "a chat template, and the model has none of its own: name one, such as --template chatml",
+                    );
                 };
                 let options = RenderOptions { tools: conversation.tools, ..RenderOptions::default() };
                 let with_tools = options.tools.is_some();

@@ -35,10 +35,8 @@ impl Folder {
         std::fs::create_dir_all(dir).with_context(said)?;
         let file = dir.join(NAME);
         let known = match std::fs::read(&file) {
-            Ok(text) => Some(serde_json::from_slice(&text).with_context(|| {
-                let mend = "remove it, and the same command with --force goes on";
-                format!("{}: damaged: no list of a run's arguments; {mend}", file.display())
-            })?),
+            // Damaged: nothing is known of the run but that it is one.
+            Ok(text) => Some(serde_json::from_slice(&text).unwrap_or_default()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(e) => return Err(e).with_context(|| file.display().to_string()),
         };
@@ -82,6 +80,11 @@ impl Folder {
     /// When they differ: the message says where.
     pub fn agree(&mut self, arguments: &Arguments, begun: bool, force: bool) -> Result<()> {
         if let Some(known) = self.known.as_ref().filter(|known| begun && !force && *known != arguments) {
+            ensure!(
+                !known.is_empty(),
+                "{} is damaged, and does not say what the run there was asked to do: with --force it goes on as asked now",
+                self.path(NAME).display()
+            );
             let none = "none";
             let names: std::collections::BTreeSet<&String> = known.keys().chain(arguments.keys()).collect();
             let value =
@@ -177,6 +180,19 @@ mod tests {
         let error = folder.agree(&arguments("0.2"), true, false).unwrap_err().to_string();
         assert!(error.contains("(lr was 0.1, now 0.2)"), "{error}");
         folder.agree(&arguments("0.2"), true, true).unwrap();
+        // Until it turns out that the run can go on so, it keeps what it had.
+        let written = || std::fs::read_to_string(out.join(NAME)).unwrap();
+        assert!(written().contains("0.1"));
+        folder.record().unwrap();
+        assert!(written().contains("0.2"));
+        std::fs::write(out.join(NAME), "{").unwrap();
+        drop(folder);
+        let mut folder = Folder::open(&out).unwrap();
+        let error = folder.agree(&arguments("0.2"), true, false).unwrap_err().to_string();
+        assert!(error.contains("run.json is damaged") && error.contains("--force"), "{error}");
+        folder.agree(&arguments("0.2"), true, true).unwrap();
+        folder.record().unwrap();
+        assert!(written().contains("0.2"));
         // Before anything was learned, other arguments are no loss.
         folder.agree(&arguments("0.3"), false, false).unwrap();
         drop(folder);
