@@ -169,6 +169,7 @@ fn bad_rules_are_one_clear_line() {
     }
     for (args, says) in [
         (["--json-schema", "{\"type\": \"nothing\"}"], "the JSON schema cannot be used"),
+        (["--json-schema", "{\"oneOf\": [{\"type\": \"integer\"}, {\"type\": \"number\"}]}"], "say anyOf"),
         (["--regex", "(a"], "the regular expression cannot be used: unclosed group"),
         (["--regex", "(?=a)b"], "the regular expression cannot be used: look-around"),
     ] {

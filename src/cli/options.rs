@@ -169,7 +169,7 @@ pub struct SamplingOptions {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub presence_penalty: Option<f32>,
     /// How many tokens count as recent (default 64; -1: all)
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
     pub repeat_last_n: Option<i64>,
     /// Strength of DRY, the penalty on repeated sequences (0: off)
     #[arg(long, value_name = "X")]

@@ -108,6 +108,9 @@ fn spaced(schema: &Value) -> Result<Value> {
 /// The reason that a library gives: what it calls an error, or else its first line.
 fn first_line(text: &str) -> String {
     let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty());
+    if text.contains("coerce_one_of") {
+        return "oneOf has choices of which several may fit the same text: say anyOf".into();
+    }
     let reason = lines.clone().find_map(|l| l.strip_prefix("error: "));
     reason.or_else(|| lines.next()).unwrap_or("unknown error").chars().take(300).collect()
 }

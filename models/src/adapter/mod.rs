@@ -341,11 +341,14 @@ impl Fit<'_> {
             .filter(|m| self.model.family.role(naming, m).is_none_or(|(_, layer)| layer >= self.model.layers.len()))
             .collect();
         if !strangers.is_empty() {
+            // One for each layer would fill the screen.
+            let more = strangers.len().saturating_sub(3);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             return Err(self.error(format!(
-                "the adapter belongs to another base: this {} model of {} layers has no {}",
+                "the adapter belongs to another base: this {} model of {} layers has no {}{more}",
                 self.model.family.name,
                 self.model.layers.len(),
-                strangers.join(", ")
+                strangers[..strangers.len().min(3)].join(", ")
             )));
         }
         let mut changes = Vec::new();

@@ -13,6 +13,7 @@ use super::Config;
 use crate::formats::Format;
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The product for several rows.
@@ -70,8 +71,8 @@ fn config<C: Panels>(n: usize) -> Config {
 #[repr(C, align(64))]
 struct Run {
     codes: [__m512i; 64],
-    /// Of each group (or half of one), and of each row of activations.
-    dots: [[__m512i; MOST]; 16],
+    /// Of each group (or half of one), and of each row of activations: what tiles have stored.
+    dots: MaybeUninit<[[__m512i; MOST]; 16]>,
     scales: [__m512; 16],
     mins: [__m512; 16],
 }
@@ -80,7 +81,7 @@ impl Run {
     #[target_feature(enable = "avx512f")]
     fn new() -> Run {
         let (none, zero) = (_mm512_setzero_ps(), _mm512_setzero_si512());
-        Run { codes: [zero; 64], dots: [[zero; MOST]; 16], scales: [none; 16], mins: [none; 16] }
+        Run { codes: [zero; 64], dots: MaybeUninit::uninit(), scales: [none; 16], mins: [none; 16] }
     }
 
     /// Takes a panel's run apart.
@@ -177,7 +178,7 @@ impl Run {
     /// Adds to `sums` the products of the groups (or halves) from `first` on with row `b` of activations.
     ///
     /// # Safety
-    /// What `meets` says of that row, and AVX-512.
+    /// What `meets` says of that row, the products that [`Run::multiply`] makes, and AVX-512.
     #[inline(always)]
     unsafe fn add<C: Panels>(&self, meets: Meets, b: usize, first: usize, sums: &mut [__m512; 4]) {
         // SAFETY: the caller's promise.
@@ -203,7 +204,7 @@ impl Run {
                     if u < first {
                         continue;
                     }
-                    let mut dots = self.dots[u][b];
+                    let mut dots = (*self.dots.as_ptr())[u][b];
                     if C::HAS_MIN {
                         sums[i] = _mm512_fnmadd_ps(self.mins[u], _mm512_set1_ps(*mins.add(u)), sums[i]);
                     }
