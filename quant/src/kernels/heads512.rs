@@ -1,5 +1,5 @@
 //! Attention of one row of each query head that shares a key head, over f16 keys and values as they lie in the cache:
-//! converted in registers, once for several heads.
+//! converted in registers, once for several heads. The sums run as those of [`super::lanes`] do, so the bits are theirs.
 
 use super::HalfHeads;
 use super::ahead::Ahead;
@@ -57,7 +57,7 @@ unsafe fn dots<const H: usize, const K: usize>(
     out: *mut f32,
     stride: usize,
 ) {
-    let mut acc = [_mm512_setzero_ps(); 16];
+    let mut acc = [[_mm512_setzero_ps(); 4]; H];
     // SAFETY: the caller's promise.
     unsafe {
         for c in (0..dim).step_by(16) {
@@ -68,48 +68,26 @@ unsafe fn dots<const H: usize, const K: usize>(
             for h in 0..H {
                 let q = _mm512_loadu_ps(q.add(h * dim + c));
                 for k in 0..K {
-                    acc[4 * h + k] = _mm512_fmadd_ps(q, key[k], acc[4 * h + k]);
+                    // Not fused, as elsewhere: the processor multiplies and adds at the same time anyway.
+                    acc[h][k] = _mm512_add_ps(acc[h][k], _mm512_mul_ps(q, key[k]));
                 }
             }
         }
-        let sums = added_up(acc);
-        let four = [
-            _mm512_castps512_ps128(sums),
-            _mm512_extractf32x4_ps::<1>(sums),
-            _mm512_extractf32x4_ps::<2>(sums),
-            _mm512_extractf32x4_ps::<3>(sums),
-        ];
         for h in 0..H {
+            let [a, b, c, d] = acc[h];
+            // Lanes `i` and `i + 8`, then `i + 4`, `i + 2` and `i + 1`, of all four keys together.
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+            let all = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+            let all = _mm512_add_ps(all, _mm512_permute_ps::<0x0e>(all));
+            let all = _mm512_add_ps(all, _mm512_permute_ps::<0x01>(all));
+            let first = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+            let four = _mm512_castps512_ps128(_mm512_permutexvar_ps(first, all));
             match K {
-                4 => _mm_storeu_ps(out.add(h * stride), four[h]),
-                _ => _mm_store_ss(out.add(h * stride), four[h]),
+                4 => _mm_storeu_ps(out.add(h * stride), four),
+                _ => _mm_store_ss(out.add(h * stride), four),
             }
         }
-    }
-}
-
-/// Lane `i`: the numbers of `acc[i]`, added up. Of two registers one goes on, half of each: what stays in its lanes is taken
-/// by a blend, what changes places by one permutation.
-#[inline(always)]
-unsafe fn added_up(mut acc: [__m512; 16]) -> __m512 {
-    // SAFETY: the caller has AVX-512.
-    unsafe {
-        let by_four = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-        let by_one = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-        for i in 0..8 {
-            let (a, b) = (acc[i], acc[i + 8]);
-            acc[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4::<0x4e>(a, b));
-        }
-        for i in 0..4 {
-            let (a, b) = (acc[i], acc[i + 4]);
-            acc[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b), _mm512_permutex2var_ps(a, by_four, b));
-        }
-        for i in 0..2 {
-            let (a, b) = (acc[i], acc[i + 2]);
-            acc[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps::<0x4e>(a, b));
-        }
-        let [a, b, ..] = acc;
-        _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a, b), _mm512_permutex2var_ps(a, by_one, b))
     }
 }
 
@@ -166,7 +144,7 @@ unsafe fn sums<const H: usize, const C: usize>(
             for h in 0..H {
                 let p = _mm512_set1_ps(*p.add(h * stride + j));
                 for c in 0..C {
-                    acc[h][c] = _mm512_fmadd_ps(p, value[c], acc[h][c]);
+                    acc[h][c] = _mm512_add_ps(acc[h][c], _mm512_mul_ps(p, value[c]));
                 }
             }
         }

@@ -435,7 +435,10 @@ fn exponentials_and_their_sum() {
                 (x[1], x[2]) = (f32::NEG_INFINITY, most);
             }
             let want: Vec<f64> = x.iter().map(|x| f64::from(x - most).exp()).collect();
+            let mut plain = x.clone();
+            let plain_sum = lanes::exp_sum(most, &mut plain);
             let sum = (kernels.lanes.exp_sum)(most, &mut x);
+            assert_eq!((&x, sum), (&plain, plain_sum), "{isa} {len}: not the bits of the plain function");
             for (got, want) in x.iter().zip(&want) {
                 // Two units in the last place, or of the smallest numbers.
                 let near = (f64::from(*got) - want).abs() <= want * 2f64.powi(-22) + 2f64.powi(-148);

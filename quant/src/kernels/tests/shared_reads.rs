@@ -62,41 +62,32 @@ fn codes_meet_one_row_without_vbmi() {
 }
 
 #[test]
-fn heads_over_halves_are_products_of_floats() {
+fn heads_over_halves_have_the_bits_of_the_plain_functions() {
     for (isa, kernels) in tables() {
         let Some(half) = kernels.half_heads else { continue };
         let mut random = Random(23);
-        for dim in [16, 48, 64, 80, 128, 192] {
-            for (heads, count) in [(1, 1), (2, 3), (3, 64), (4, 5), (5, 16), (7, 33), (8, 66)] {
+        for dim in [16, 48, 64, 80, 128] {
+            for (heads, count) in [(1, 1), (2, 3), (3, 64), (4, 5), (7, 33), (8, 66)] {
                 let halves =
                     |x: Vec<f32>| -> Vec<u16> { x.iter().map(|x| half::f16::from_f32(*x).to_bits()).collect() };
                 let keys = halves(random.numbers(count * dim));
-                let float = |j: usize, c: usize| f64::from(half::f16::from_bits(keys[j * dim + c]).to_f32());
+                let wide: Vec<f32> = keys.iter().map(|h| half::f16::from_bits(*h).to_f32()).collect();
                 let (q, stride) = (random.numbers(heads * dim), count + 2);
                 let mut scores = vec![7.0; heads * stride];
                 (half.scores)(&q, dim, &keys, &mut scores, stride);
                 let distance = dim + 3;
-                let before = random.numbers(heads * distance);
-                let mut mixed = before.clone();
+                let mut mixed = random.numbers(heads * distance);
+                let mut want = mixed.clone();
                 (half.mix)(&scores, stride, heads, &keys, dim, &mut mixed, distance);
                 for h in 0..heads {
-                    for j in 0..count {
-                        let terms = || (0..dim).map(|c| f64::from(q[h * dim + c]) * float(j, c));
-                        let (want, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
-                        let got = f64::from(scores[h * stride + j]);
-                        assert!((got - want).abs() <= size * 2e-6, "{isa} {heads} heads of {dim}, key {j} of {count}");
-                    }
-                    assert_eq!(scores[h * stride + count..][..2], [7.0; 2], "{isa}");
-                    for c in 0..dim {
-                        let terms = || (0..count).map(|j| f64::from(scores[h * stride + j]) * float(j, c));
-                        let first = f64::from(before[h * distance + c]);
-                        let (want, size) = (first + terms().sum::<f64>(), 1.0 + terms().map(f64::abs).sum::<f64>());
-                        let got = f64::from(mixed[h * distance + c]);
-                        assert!((got - want).abs() <= size * 2e-6, "{isa} {heads} heads of {dim}, {count} values");
-                    }
-                    let end = h * distance + dim..before.len().min((h + 1) * distance);
-                    assert_eq!(mixed[end.clone()], before[end], "{isa}");
+                    let row = &scores[h * stride..(h + 1) * stride];
+                    let mut plain = vec![f32::NAN; count];
+                    lanes::scores(&q[h * dim..(h + 1) * dim], &wide, &mut plain);
+                    assert_eq!(row[..count], plain, "{isa} {heads} heads of {dim}, {count} keys");
+                    assert_eq!(row[count..], [7.0; 2], "{isa}");
+                    lanes::mix(&row[..count], &wide, &mut want[h * distance..][..dim]);
                 }
+                assert_eq!(mixed, want, "{isa} {heads} heads of {dim}, {count} values");
             }
         }
     }
