@@ -1,5 +1,5 @@
-//! AMX: the matrix unit, in bf16 for many rows of activations, in int8 for several sequences that are generated ([`batch`]); all
-//! else as AVX-512 does it.
+//! AMX: the matrix unit, in bf16 for many rows of activations, in int8 for several sequences that are generated
+//! ([`batch`]); all else as AVX-512 does it.
 //!
 //! Weights and activations are rounded to bf16 (to nearest even, 8 significant bits each) and their products summed in
 //! f32 over all columns, without stopping for the scales of groups: faster here than int8 tiles, whose sums must be

@@ -76,7 +76,7 @@ impl Encoder<'_> {
                 let Some(tokenizer) = self.tokenizer else { return stop("a tokenizer, and this model has none") };
                 let Some(template) = self.template else {
                     return stop(
-                        "a chat template, and the model has none of its own: name one, such as --template chatml",
+                        "a chat template, and the model has none or none was asked for: name one, such as --template chatml",
                     );
                 };
                 let options = RenderOptions { tools: conversation.tools, ..RenderOptions::default() };
