@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A file written beside its target and renamed when whole. Dropped before [`AtomicFile::commit`], it leaves nothing; what
-/// a killed program has left of one goes when the next of the same name begins.
+/// a killed program has left of one goes when the next of its kind begins there.
 #[derive(Debug)]
 pub struct AtomicFile {
     target: PathBuf,
@@ -17,27 +17,16 @@ pub struct AtomicFile {
 impl AtomicFile {
     /// Begins a file that will be called `target`.
     pub fn create(target: &Path) -> Result<AtomicFile> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let Some(name) = target.file_name().filter(|_| !target.is_dir()) else {
+        if target.file_name().is_none() || target.is_dir() {
             return Err(Error::file(target, "cannot be written: it is a directory, name a file"));
-        };
-        let mut start = std::ffi::OsString::from(".");
-        start.push(name);
-        start.push(".");
-        sweep(target, &start);
-        loop {
-            let mut partial = start.clone();
-            partial.push(format!("{}-{}.partial", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-            let partial = target.with_file_name(partial);
-            let file =
-                OpenOptions::new().write(true).create_new(true).open(&partial).map_err(|e| Error::io(target, e))?;
-            // The lock says that this one is at work. Where another program came first, it is sweeping: it took this for
-            // a file that was left.
-            if !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && partial.exists() {
-                let out = Some(BufWriter::with_capacity(1 << 18, file));
-                return Ok(AtomicFile { target: target.to_owned(), partial, out });
-            }
         }
+        let create = |path: &Path| OpenOptions::new().write(true).create_new(true).open(path).map(Some);
+        let (partial, file) = begin(target, create)?;
+        Ok(AtomicFile {
+            target: target.to_owned(),
+            partial,
+            out: file.map(|file| BufWriter::with_capacity(1 << 18, file)),
+        })
     }
 
     /// The name that the file will have.
@@ -82,21 +71,55 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Removes the partial files of `target`, which begin with `start`, that no program is at work on.
-fn sweep(target: &Path, start: &OsStr) {
+/// Creates what will be called `target` under the name that it has until it is whole, locked to say that it is at work,
+/// and removes what killed programs have left of such names there. `create` may have nothing to lock.
+pub(super) fn begin(
+    target: &Path,
+    create: impl Fn(&Path) -> io::Result<Option<File>>,
+) -> Result<(PathBuf, Option<File>)> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    sweep(target);
+    loop {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(target.file_name().unwrap_or_default());
+        name.push(format!(".{}-{}.partial", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+        let partial = target.with_file_name(name);
+        let file = create(&partial).map_err(|e| Error::io(target, e))?;
+        // Where another program locked it first, it is sweeping: it took this for something that was left.
+        let taken = file.as_ref().is_some_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
+        if !taken && partial.exists() {
+            return Ok((partial, file));
+        }
+    }
+}
+
+/// Removes partial files and directories beside `target`, of its name or of others with its extension, that no program is
+/// at work on.
+fn sweep(target: &Path) {
     let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let rest = name.as_encoded_bytes().strip_prefix(start.as_encoded_bytes());
-        let Some(number) = rest.and_then(|rest| rest.strip_suffix(b".partial")) else { continue };
-        if number.is_empty() || !number.iter().all(|b| b.is_ascii_digit() || *b == b'-') {
+        if whole_name(&name).is_none_or(|whole| Path::new(whole).extension() != target.extension()) {
             continue;
         }
         let path = entry.path();
-        if OpenOptions::new().write(true).open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+        let free = |file: io::Result<File>| file.is_ok_and(|file| file.try_lock().is_ok());
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            if free(File::open(&path)) {
+                let _ = std::fs::remove_dir_all(path);
+            }
+        } else if free(OpenOptions::new().write(true).open(&path)) {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// The name that what is called `partial` was to have, if [`begin`] called it so: `.NAME.PROCESS-COUNT.partial`.
+fn whole_name(partial: &OsStr) -> Option<&str> {
+    let (name, number) = partial.to_str()?.strip_prefix('.')?.strip_suffix(".partial")?.rsplit_once('.')?;
+    let (process, count) = number.split_once('-')?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    (!name.is_empty() && digits(process) && digits(count)).then_some(name)
 }
 
 #[cfg(test)]
@@ -107,9 +130,11 @@ mod tests {
     fn what_was_left_goes_and_what_is_at_work_stays() {
         let dir = tempfile::tempdir().unwrap();
         let target = dir.path().join("m.gguf");
-        for left in [".m.gguf.123-0.partial", ".m.gguf.x.partial", ".n.gguf.123-0.partial"] {
+        let left = [".m.gguf.123-0.partial", ".n.gguf.45-10.partial", ".m.gguf.x.partial", ".m.txt.1-0.partial"];
+        for left in left {
             std::fs::write(dir.path().join(left), "left").unwrap();
         }
+        std::fs::create_dir_all(dir.path().join(".d.gguf.7-0.partial/inside")).unwrap();
         let mut first = AtomicFile::create(&target).unwrap();
         let mut second = AtomicFile::create(&target).unwrap();
         first.write_all(b"first").unwrap();
@@ -120,6 +145,6 @@ mod tests {
         drop(AtomicFile::create(&target).unwrap());
         let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
         names.sort();
-        assert_eq!(names, [".m.gguf.x.partial", ".n.gguf.123-0.partial", "m.gguf"]);
+        assert_eq!(names, [".m.gguf.x.partial", ".m.txt.1-0.partial", "m.gguf"]);
     }
 }

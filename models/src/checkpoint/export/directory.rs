@@ -1,30 +1,31 @@
 use super::original::Original;
+use crate::checkpoint::atomic::begin;
 use crate::checkpoint::safetensors::{Entry, Writer};
 use crate::{Error, Result};
 use serde_json::Value;
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Longest file that is copied beside the weights: tokenizers have some 20 MB at most.
 const MAX_COMPANION: u64 = 256 << 20;
 
 /// A directory that is written beside its target and renamed when whole. Dropped before [`Directory::commit`], it leaves
-/// nothing.
+/// nothing; what a killed program has left of one goes when the next begins there.
 #[derive(Debug)]
 pub(super) struct Directory {
     target: PathBuf,
     partial: PathBuf,
+    _lock: Option<File>,
     done: bool,
 }
 
 impl Directory {
     /// Begins the directory that will be called `target`, which does not exist yet, or is empty.
     pub fn create(target: &Path) -> Result<Directory> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let Some(name) = target.file_name() else {
+        if target.file_name().is_none() {
             return Err(Error::file(target, "cannot be written: name a directory"));
-        };
+        }
         match std::fs::read_dir(target) {
             Ok(mut entries) => {
                 if entries.next().is_some() {
@@ -34,12 +35,10 @@ impl Directory {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => return Err(Error::io(target, e)),
         }
-        let mut partial = std::ffi::OsString::from(".");
-        partial.push(name);
-        partial.push(format!(".{}-{}.partial", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
-        let partial = target.with_file_name(partial);
-        std::fs::create_dir(&partial).map_err(|e| Error::io(target, e))?;
-        Ok(Directory { target: target.to_owned(), partial, done: false })
+        // Some systems do not open directories: there is nothing to lock then, and nothing is swept.
+        let create = |path: &Path| std::fs::create_dir(path).map(|()| File::open(path).ok());
+        let (partial, lock) = begin(target, create)?;
+        Ok(Directory { target: target.to_owned(), partial, _lock: lock, done: false })
     }
 
     /// Where a file of this directory is now.
