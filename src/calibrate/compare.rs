@@ -89,21 +89,25 @@ impl Losses {
     }
 }
 
-/// Scores `chunks`; `progress` hears of each.
-pub fn perplexity(engine: &mut Engine, chunks: &Chunks, progress: &mut dyn FnMut(&Score)) -> Result<Score> {
+/// Scores `chunks`; `progress` hears how many of their tokens were read, and what has come out so far.
+pub fn perplexity(engine: &mut Engine, chunks: &Chunks, progress: &mut dyn FnMut(usize, &Score)) -> Result<Score> {
     let (ctx, first) = (chunks.ctx, chunks.first());
     let mut losses = Losses::default();
     for i in 0..chunks.count {
         let (input, targets) = chunks.chunk(i);
         engine.truncate(0, 0);
-        engine.prompt(0, &input[..first], &mut |_| true)?;
+        engine.prompt(0, &input[..first], &mut |read| {
+            progress(i * ctx + read, &losses.score(i));
+            true
+        })?;
         engine.prompt_all(0, &input[first..], &mut |position, logits| {
             if position < ctx - 1 {
                 losses.add(negative_log_likelihood(logits, targets[position + 1]));
+                progress(i * ctx + position, &losses.score(i));
             }
         })?;
         check(&losses, i)?;
-        progress(&losses.score(i + 1));
+        progress((i + 1) * ctx, &losses.score(i + 1));
     }
     Ok(losses.score(chunks.count))
 }
@@ -133,13 +137,13 @@ pub struct Comparison {
     pub same_top: f64,
 }
 
-/// Compares `other` with `original` on `chunks`; `progress` hears of each. Both read a stretch of tokens in turn, so
-/// that no more than 64 MB of logits are kept.
+/// Compares `other` with `original` on `chunks`; `progress` hears how many of their tokens both have read, and after each
+/// chunk what has come out so far. Both read a stretch of tokens in turn, so that no more than 64 MB of logits are kept.
 pub fn compare(
     original: &mut Engine,
     other: &mut Engine,
     chunks: &Chunks,
-    progress: &mut dyn FnMut(&Comparison),
+    progress: &mut dyn FnMut(usize, Option<&Comparison>),
 ) -> Result<Comparison> {
     let vocab = original.vocab_size();
     if vocab != other.vocab_size() {
@@ -155,9 +159,12 @@ pub fn compare(
     let mut kept = vec![0f32; stretch.min(ctx - first) * vocab];
     for i in 0..chunks.count {
         let (input, targets) = chunks.chunk(i);
-        for engine in [&mut *original, other] {
+        for (turn, engine) in [&mut *original, other].into_iter().enumerate() {
             engine.truncate(0, 0);
-            engine.prompt(0, &input[..first], &mut |_| true)?;
+            engine.prompt(0, &input[..first], &mut |read| {
+                progress(i * ctx + (turn * first + read) / 2, None);
+                true
+            })?;
         }
         for start in (first..ctx).step_by(stretch) {
             let part = &input[start..ctx.min(start + stretch)];
@@ -174,10 +181,11 @@ pub fn compare(
                 divergences.push(divergence(reference, logits));
                 same += usize::from(likeliest(reference) == likeliest(logits));
             })?;
+            progress(i * ctx + start + part.len(), None);
         }
         check(&before, i)?;
         check(&after, i)?;
-        progress(&comparison(&before, &after, &divergences, same, i + 1));
+        progress((i + 1) * ctx, Some(&comparison(&before, &after, &divergences, same, i + 1)));
     }
     Ok(comparison(&before, &after, &divergences, same, chunks.count))
 }

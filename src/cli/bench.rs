@@ -109,9 +109,10 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         some => some.iter().map(|n| Some(n.get())).collect(),
     };
     let (mut runs, mut isa) = (Vec::new(), "");
-    let turns = threads.len() * args.depth.len() * (1 + args.batch.len());
-    let mut progress = Progress::count(global.quiet, "bench", turns as u64);
-    let mut done = 0..;
+    let sequences: usize = args.batch.iter().map(|n| n.get()).sum();
+    let tokens = args.prompt.saturating_add(args.generate.saturating_mul(sequences)).saturating_mul(args.repetitions);
+    let total = tokens.saturating_mul(threads.len() * args.depth.len());
+    let mut meter = Meter { bar: Progress::count(global.quiet, "bench", total as u64), done: 0 };
     for threads in threads {
         let deepest = args.depth.iter().max().copied().unwrap_or(0);
         let slots = args.batch.iter().max().map_or(1, |n| n.get());
@@ -126,15 +127,13 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         warm(&mut engine, &ids, args.prompt)?;
         for &depth in &args.depth {
             if args.prompt > 0 {
-                measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args)?, Vec::new()));
+                measured.push(("prompt", depth, 1, prompt(&mut engine, &ids, depth, args, &mut meter)?, Vec::new()));
             }
-            progress.at(done.next().unwrap_or(0) + 1, "");
             for batch in args.batch.iter().map(|n| n.get()) {
                 if args.generate > 0 {
-                    let (rates, bandwidths) = generation(&mut engine, &ids, depth, batch, args)?;
+                    let (rates, bandwidths) = generation(&mut engine, &ids, depth, batch, args, &mut meter)?;
                     measured.push(("generation", depth, batch, rates, bandwidths));
                 }
-                progress.at(done.next().unwrap_or(0) + 1, "");
             }
         }
         // Last, because it heats the processor.
@@ -171,9 +170,22 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         let rates = measured.into_iter().map(rate).collect();
         runs.push(Run { threads: engine.threads(), load_seconds, machine, rates });
     }
-    progress.finish();
+    meter.bar.finish();
     let report = Report { model: path.display().to_string(), isa, runs };
     if args.json { print_json(&report) } else { print(&report) }
+}
+
+/// How many of the tokens to be measured are done.
+struct Meter {
+    bar: Progress,
+    done: usize,
+}
+
+impl Meter {
+    fn add(&mut self, tokens: usize) {
+        self.done += tokens;
+        self.bar.at(self.done as u64, "");
+    }
 }
 
 /// Fixed ids all over the vocabulary: every run and every program can be given the same.
@@ -192,22 +204,29 @@ fn warm(engine: &mut Engine, ids: &[u32], prompt: usize) -> Result<()> {
 }
 
 /// Fills `slot` up to `depth` tokens.
-fn fill(engine: &mut Engine, slot: usize, ids: &[u32], depth: usize) -> Result<()> {
+fn fill(engine: &mut Engine, slot: usize, ids: &[u32], depth: usize, meter: &mut Meter) -> Result<()> {
     engine.truncate(slot, depth);
     let held = engine.len(slot);
     if held < depth {
-        engine.prompt(slot, &ids[held..depth], &mut |_| true)?;
+        engine.prompt(slot, &ids[held..depth], &mut |_| {
+            meter.add(0);
+            true
+        })?;
     }
     Ok(())
 }
 
 /// Tokens a second of each repetition of a prompt behind `depth` tokens.
-fn prompt(engine: &mut Engine, ids: &[u32], depth: usize, args: &Args) -> Result<Vec<f64>> {
+fn prompt(engine: &mut Engine, ids: &[u32], depth: usize, args: &Args, meter: &mut Meter) -> Result<Vec<f64>> {
     let mut rates = Vec::new();
     for _ in 0..args.repetitions {
-        fill(engine, 0, ids, depth)?;
-        let start = Instant::now();
-        engine.prompt(0, &ids[depth..depth + args.prompt], &mut |_| true)?;
+        fill(engine, 0, ids, depth, meter)?;
+        let (start, mut told) = (Instant::now(), 0);
+        engine.prompt(0, &ids[depth..depth + args.prompt], &mut |read| {
+            meter.add(read - told);
+            told = read;
+            true
+        })?;
         rates.push(args.prompt as f64 / start.elapsed().as_secs_f64());
     }
     Ok(rates)
@@ -221,17 +240,22 @@ fn generation(
     depth: usize,
     batch: usize,
     args: &Args,
+    meter: &mut Meter,
 ) -> Result<(Vec<f64>, Vec<f64>)> {
     let (mut rates, mut bandwidths) = (Vec::new(), Vec::new());
     let mut before = engine.cpu().read_bandwidth();
     for _ in 0..args.repetitions {
         for slot in 0..batch {
-            fill(engine, slot, ids, depth)?;
+            fill(engine, slot, ids, depth, meter)?;
         }
         let start = Instant::now();
-        for &id in &ids[depth..depth + args.generate] {
-            let next: Vec<(usize, u32)> = (0..batch).map(|slot| (slot, id)).collect();
-            engine.step(&next)?;
+        // Told seldom: to draw a bar takes time, too.
+        for ids in ids[depth..depth + args.generate].chunks(32) {
+            for &id in ids {
+                let next: Vec<(usize, u32)> = (0..batch).map(|slot| (slot, id)).collect();
+                engine.step(&next)?;
+            }
+            meter.add(batch * ids.len());
         }
         rates.push((batch * args.generate) as f64 / start.elapsed().as_secs_f64());
         let after = engine.cpu().read_bandwidth();

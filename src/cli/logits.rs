@@ -1,6 +1,6 @@
 //! `rushlight logits`: what a model makes of token ids.
 
-use super::{Global, ModelOptions, Usage, print_json};
+use super::{Global, ModelOptions, Progress, Usage, print_json};
 use crate::engine::Engine;
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -41,7 +41,7 @@ struct Position {
 }
 
 /// Runs the command.
-pub fn run(args: &Args, _: &Global) -> Result<()> {
+pub fn run(args: &Args, global: &Global) -> Result<()> {
     let path = args.model.path()?;
     let Some(needed) = args.ids.len().checked_add(args.greedy) else {
         return Err(Usage("--greedy asks for more tokens than can be counted".into()).into());
@@ -51,6 +51,7 @@ pub fn run(args: &Args, _: &Global) -> Result<()> {
     if let Some(id) = args.ids.iter().find(|&&id| id as usize >= vocab) {
         bail!("there is no token {id}: the model's vocabulary has {vocab} tokens, from 0 to {}", vocab - 1);
     }
+    let mut bar = Progress::count(global.quiet, "logits", needed as u64);
     let mut positions = Vec::new();
     let mut last = Vec::new();
     if args.step {
@@ -60,14 +61,21 @@ pub fn run(args: &Args, _: &Global) -> Result<()> {
                 positions.push(Position { position, logits: logits.to_vec() });
             }
             last = logits.to_vec();
+            bar.at(position as u64 + 1, "");
         }
     } else if args.all {
         engine.prompt_all(0, &args.ids, &mut |position, logits| {
             positions.push(Position { position, logits: logits.to_vec() });
+            bar.at(position as u64 + 1, "");
         })?;
         last = positions.last().map(|p| p.logits.clone()).unwrap_or_default();
     } else {
-        last = engine.prompt(0, &args.ids, &mut |_| true)?.to_vec();
+        last = engine
+            .prompt(0, &args.ids, &mut |read| {
+                bar.at(read as u64, "");
+                true
+            })?
+            .to_vec();
     }
     if !args.all {
         positions.push(Position { position: args.ids.len() - 1, logits: last.clone() });
@@ -83,7 +91,9 @@ pub fn run(args: &Args, _: &Global) -> Result<()> {
         if i + 1 < args.greedy {
             last = engine.step(&[(0, id)])?.to_vec();
         }
+        bar.at((args.ids.len() + i) as u64 + 1, "");
     }
+    bar.finish();
     if args.json {
         return print_json(&Output { positions, greedy });
     }

@@ -53,18 +53,27 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let Loaded { mut engine, tokenizer, .. } = Loaded::open(&path, &options)?;
     let most = args.chunks.map(|n| n as usize);
     let chunks = Chunks::new(&tokenizer, &text, &args.file.display().to_string(), ctx, most)?;
-    let mut bar = Progress::count(global.quiet, "perplexity", chunks.count() as u64);
+    let mut bar = Progress::count(global.quiet, "perplexity", (chunks.count() * ctx) as u64);
     if let Some(path) = against {
         let mut original = Engine::open(&path, &Options { adapters: Vec::new(), ..options })?;
-        let result = compare(&mut original, &mut engine, &chunks, &mut |c| {
-            bar.at(c.score.chunks as u64, &format!("perplexity {:.4}, KL {:.5}", c.score.perplexity, c.kl));
+        let mut detail = String::new();
+        let result = compare(&mut original, &mut engine, &chunks, &mut |read, so_far| {
+            if let Some(c) = so_far {
+                detail = format!("perplexity {:.4}, KL {:.5}", c.score.perplexity, c.kl);
+            }
+            bar.at(read as u64, &detail);
         })?;
         bar.finish();
         return if args.json { print_json(&result) } else { tell_comparison(&result, ctx) };
     }
-    let score = perplexity(&mut engine, &chunks, &mut |score| {
-        bar.at(score.chunks as u64, &format!("perplexity {:.4}", score.perplexity));
-        tracing::info!("chunk {}: {:.4}", score.chunks, score.perplexity);
+    let mut whole = 0;
+    let score = perplexity(&mut engine, &chunks, &mut |read, score| {
+        let detail = if score.tokens > 0 { format!("perplexity {:.4}", score.perplexity) } else { String::new() };
+        bar.at(read as u64, &detail);
+        if score.chunks > whole {
+            whole = score.chunks;
+            tracing::info!("chunk {whole}: {:.4}", score.perplexity);
+        }
     })?;
     bar.finish();
     if args.json {

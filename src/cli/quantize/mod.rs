@@ -419,8 +419,8 @@ fn reported(
             let options = model::Options { threads: Some(threads), context: Some(ctx), ..model::Options::default() };
             let mut original = Engine::from_checkpoint(checkpoint, &options)?;
             let mut other = Engine::from_checkpoint(written, &options)?;
-            let mut bar = Progress::count(global.quiet, "comparing predictions", chunks.count() as u64);
-            let comparison = compare(&mut original, &mut other, &chunks, &mut |c| bar.at(c.score.chunks as u64, ""))?;
+            let mut bar = Progress::count(global.quiet, "comparing predictions", (chunks.count() * ctx) as u64);
+            let comparison = compare(&mut original, &mut other, &chunks, &mut |read, _| bar.at(read as u64, ""))?;
             bar.finish();
             Some(Compared { text: name, comparison })
         }
