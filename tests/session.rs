@@ -215,3 +215,15 @@ fn guesses_are_checked_with_the_bits_of_single_steps() {
     assert_eq!(many.engine.step_ahead(0, 1, &[1, 1, 1, 1]).unwrap().rows(), 2);
     assert!(many.engine.step_ahead(0, 1, &[1]).is_err());
 }
+
+#[test]
+fn half_a_character_is_not_shown_where_an_answer_is_cut_off() {
+    let always = |token| Sampling { logit_bias: vec![(token, 1000.0)], ..Sampling::greedy() };
+    let ask = |token, max_tokens| Ask { sampling: always(token), max_tokens: Some(max_tokens), ..Ask::default() };
+    let mut talk = Talk::new(None);
+    // The first of four bytes; what follows the first of two of them cannot be its character's second byte.
+    assert_eq!(talk.ask("Hello", &ask(0xf0, 1)).unwrap().text, "");
+    assert_eq!(talk.ask("Hello", &ask(0xf0, 2)).unwrap().text, "\u{fffd}");
+    let error = talk.ask("Hello", &ask(100_000, 1)).unwrap_err().to_string();
+    assert_eq!(error, "a logit bias is given for token 100000, but the model's tokens end with 319");
+}

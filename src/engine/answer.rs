@@ -115,10 +115,12 @@ impl<'t> Answer<'t> {
         Ok(Some(id))
     }
 
-    /// Ends the answer: what was held back is shown.
+    /// Ends the answer: what was held back is shown, but for the beginning of a character where the answer was cut off.
     pub fn end(&mut self, why: Finish, show: &mut dyn FnMut(&str)) -> Option<u32> {
         if self.finish.is_none() {
             let rest = self.stream.finish();
+            let cut = matches!(why, Finish::Length | Finish::Context | Finish::Interrupted);
+            let rest = if cut { String::new() } else { rest };
             let (visible, stopped) = self.stops.push(&rest);
             self.show(&visible, show);
             if !stopped {

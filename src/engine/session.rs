@@ -249,6 +249,10 @@ impl Session {
         interrupt: &AtomicBool,
         event: &mut dyn FnMut(Event),
     ) -> Result<Reply> {
+        let vocab = engine.vocab_size();
+        if let Some((id, _)) = ask.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
+            bail!("a logit bias is given for token {id}, but the model's tokens end with {}", vocab - 1);
+        }
         let tokenizer = self.tokenizer.clone();
         let sampler = Sampler::new(ask.sampling.clone());
         let mut answer = Answer::new(&tokenizer, sampler, ask.constraint.clone(), &ask.stop, ask.max_tokens, &ids);
