@@ -64,12 +64,18 @@ impl Fingerprint {
         Ok(self.with(name, files.join("; ")))
     }
 
-    /// The first name under which `self` and `other` differ, with both values.
-    fn difference<'a>(&'a self, other: &'a Fingerprint) -> Option<(&'a str, &'a str, &'a str)> {
-        let none = "none";
-        self.0.keys().chain(other.0.keys()).find_map(|name| {
-            let value = |f: &'a Fingerprint| f.0.get(name).map_or(none, String::as_str);
-            (value(self) != value(other)).then(|| (name.as_str(), value(self), value(other)))
+    /// What of `self` is something else in `other`, in words; what can be read comes before hashes.
+    fn difference(&self, other: &Fingerprint) -> Option<String> {
+        let value = |f: &Fingerprint, name: &str| f.0.get(name).map_or("none", String::as_str).to_owned();
+        let names = self.0.keys().chain(other.0.keys());
+        let differing =
+            names.map(|name| (name, value(self, name), value(other, name))).filter(|(_, was, is)| was != is);
+        let hashed = |text: &str| text.len() >= 16 && text.bytes().take(16).all(|b| b.is_ascii_hexdigit());
+        let (name, was, is) = differing.min_by_key(|(_, was, is)| hashed(was) || hashed(is))?;
+        let short = |text: &str| text.chars().take(60).collect::<String>();
+        Some(match hashed(&was) && hashed(&is) {
+            true => format!("other {name}"),
+            false => format!("{name} was {}, now {}", short(&was), short(&is)),
         })
     }
 }
@@ -120,14 +126,11 @@ impl Scratch {
         }
         if let Some(text) = &known {
             let theirs = serde_json::from_slice(text).map(Fingerprint).unwrap_or(Fingerprint(BTreeMap::new()));
-            if let Some((name, was, is)) = theirs.difference(fingerprint) {
-                let short = |text: &str| text.chars().take(60).collect::<String>();
+            if let Some(what) = theirs.difference(fingerprint) {
                 bail!(
-                    "{} holds an unfinished run with other settings ({name} was {}, now {}): finish that with its own \
-                     settings, or delete the folder to start anew",
-                    dir.display(),
-                    short(was),
-                    short(is)
+                    "{} holds an unfinished run with other settings ({what}): finish that with its own settings, or \
+                     delete the folder to start anew",
+                    dir.display()
                 );
             }
         }
@@ -255,6 +258,10 @@ mod tests {
         Fingerprint::default().with("type", kind)
     }
 
+    fn hex(text: &str) -> String {
+        Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     #[test]
     fn the_same_command_finds_what_was_finished() {
         let dir = tempfile::tempdir().unwrap();
@@ -292,6 +299,10 @@ mod tests {
         assert!(error("Q4_0").contains("another run is writing"), "{}", error("Q4_0"));
         drop(first);
         assert!(error("Q4_1").contains("(type was Q4_0, now Q4_1)"), "{}", error("Q4_1"));
+        let hashed = |text: &str| fingerprint("Q4_0").with("calibration", hex(text));
+        let of = |a: &str, b: &str| hashed(a).difference(&hashed(b).with("type", "Q4_1")).unwrap();
+        assert_eq!(of("one", "two"), "type was Q4_0, now Q4_1");
+        assert_eq!(hashed("one").difference(&hashed("two")).unwrap(), "other calibration");
         // Nothing was lost by asking.
         let again = Scratch::open(&out, &fingerprint("Q4_0")).unwrap();
         assert_eq!(again.get("a").unwrap().unwrap()[..], [1]);
