@@ -405,3 +405,20 @@ fn a_full_disk_leaves_nothing() {
     assert!(run.status.success() && said.contains("w.gguf: File too large"), "{said}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn what_stands_beside_a_model_is_told_from_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    for (kind, word) in
+        [("adapter", "--adapter"), ("imatrix", "--imatrix"), ("mmproj", "the model itself"), ("model", "")]
+    {
+        std::fs::write(&path, right().entry("general.type", 8, &string(kind)).build()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let error = checkpoint.expect_model().err().map(|e| e.to_string());
+        assert_eq!(error.is_some(), kind != "model");
+        assert!(error.is_none_or(|e| e.contains("m.gguf: ") && e.contains(word)));
+        let error = rushlight_models::model::Model::load(&checkpoint).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}

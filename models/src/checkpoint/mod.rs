@@ -182,6 +182,21 @@ impl Checkpoint {
         }
     }
 
+    /// Fails on a GGUF file that says to be something beside a model (`general.type`).
+    pub fn expect_model(&self) -> Result<()> {
+        let what = match self.metadata().and_then(|metadata| metadata.str("general.type")) {
+            Some("adapter") => {
+                "an adapter, not a whole model: give the model that it was trained on, and this with --adapter"
+            }
+            Some("imatrix") => "an importance matrix, not a model: quantize takes it with --imatrix",
+            Some("mmproj") => {
+                "only the part of a model that turns pictures or sounds into its input: give the model itself"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::file(&self.path, what))
+    }
+
     /// Every tensor of a known [`Format`], in file order.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.infos

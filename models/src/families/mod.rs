@@ -529,6 +529,7 @@ pub fn by_architecture(name: &str) -> Option<&'static Family> {
 
 /// Finds the family of `checkpoint` and has it read the description.
 pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)> {
+    checkpoint.expect_model()?;
     match checkpoint.kind() {
         Kind::Gguf(metadata) => {
             let Some(name) = metadata.str("general.architecture") else {

@@ -162,6 +162,7 @@ impl Tokenizer {
     /// # Errors
     /// When there is none, or it belongs to another model.
     pub fn of(checkpoint: &Checkpoint) -> Result<Tokenizer> {
+        checkpoint.expect_model()?;
         let path = checkpoint.path();
         let tokenizer = match checkpoint.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata, path)?,

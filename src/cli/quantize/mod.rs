@@ -153,6 +153,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let store = Store::open()?;
     let source = store.resolve(&args.model)?;
     let checkpoint = Checkpoint::open(&source)?;
+    checkpoint.expect_model()?;
     let named = match args.target {
         Some(Type::Directory(weights)) => return directory::run(args, global, &checkpoint, weights, started),
         Some(Type::Gguf(target)) => Some(target),
