@@ -170,10 +170,11 @@ impl KvCache {
         if bytes.is_none_or(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err()) {
             bail!(
                 "a context of {} tokens for {} conversation(s) takes {} of memory, more than there is; \
-                 ask for a shorter one with --ctx",
+                 ask for {}",
                 shape.capacity,
                 shape.slots,
-                bytes.map_or("far too much".into(), |b| format!("{:.1} GB", b as f64 / 1e9))
+                bytes.map_or("far too much".into(), |b| format!("{:.1} GB", b as f64 / 1e9)),
+                if shape.slots > 1 { "fewer or shorter ones" } else { "a shorter one with --ctx" }
             );
         }
         let rows = shape.kv_heads * shape.capacity;

@@ -200,7 +200,7 @@ impl<'a> Config<'a> {
     pub fn activation(&self, name: &str) -> Result<Activation> {
         match self.str(name) {
             Some("silu" | "swish") => Ok(Activation::Silu),
-            Some("gelu") => Ok(Activation::Gelu),
+            Some("gelu" | "gelu_python") => Ok(Activation::Gelu),
             Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_python_tanh") => Ok(Activation::GeluTanh),
             Some("relu") => Ok(Activation::Relu),
             Some(other) => Err(self.error(format!(

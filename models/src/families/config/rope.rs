@@ -93,7 +93,7 @@ impl Config<'_> {
                 let outer = self.usize_opt("original_max_position_embeddings")?;
                 let original = match p.usize_opt("original_max_position_embeddings")? {
                     Some(original) => original,
-                    None => self.usize("original_max_position_embeddings")?,
+                    None => outer.unwrap_or(context_length),
                 };
                 let stretch = match p.f32_opt("factor")?.filter(|_| outer.is_none()) {
                     Some(factor) => factor,
