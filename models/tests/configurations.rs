@@ -82,8 +82,12 @@ fn rotary_positions_by_kind_of_layer() {
     let llama = |p: Json| read(json!({"model_type": "llama", "rope_parameters": p}));
     assert!(llama(parameters(plain)).unwrap_err().contains("differ between layers"));
     assert_eq!(llama(parameters(linear.clone())).unwrap().ropes[0].theta, 5e5);
-    let neox =
-        json!({"model_type": "gpt_neox", "hidden_act": "gelu", "rope_parameters": {"partial_rotary_factor": 0.5}});
+    let long =
+        json!({"rope_type": "longrope", "factor": 4.0, "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8]});
+    let spec = llama(long).unwrap();
+    let RopeScaling::Long { original_context, .. } = &spec.ropes[0].scaling else { panic!("{:?}", spec.ropes) };
+    assert_eq!(*original_context, spec.context_length);
+    let neox = json!({"model_type": "gpt_neox", "hidden_act": "gelu_python", "rope_parameters": {"partial_rotary_factor": 0.5}});
     assert_eq!(read(neox).unwrap().ropes[0].dim, 8);
     // As in Python, where 16 * 0.7 is 11.2.
     let partial = |p: f64| read(json!({"model_type": "phi", "partial_rotary_factor": p})).unwrap().ropes[0].dim;

@@ -90,7 +90,7 @@ fn what_a_configuration_must_not_say() {
         (json!({"rms_norm_eps": -1.0}), "epsilon"),
         (json!({"rms_norm_eps": 1e300}), "epsilon"),
         (json!({"rope_scaling": {"rope_type": "mystic", "factor": 2.0}}), "'mystic'"),
-        (json!({"rope_scaling": {"rope_type": "longrope"}}), "original_max_position_embeddings is missing"),
+        (json!({"rope_scaling": {"rope_type": "longrope"}}), "short_factor"),
         (
             json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
             "original_max_position_embeddings": 16}),
