@@ -17,4 +17,4 @@ pub mod routing;
 pub mod spec;
 pub mod tokenizer;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, is_full};

@@ -3,6 +3,7 @@
 use super::Event;
 use super::hub::{Failure, Hub, Listed};
 use anyhow::{Context, Result, anyhow, bail};
+use rushlight_models::is_full;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -72,13 +73,13 @@ impl Part<'_> {
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| match e.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => anyhow!(
+        self.file.write_all(bytes).map_err(|e| match is_full(&e) {
+            true => anyhow!(
                 "{}: {e}: make room and run the same command again, it goes on from here; or set RUSHLIGHT_HOME to a \
                  larger disk",
                 self.path.display()
             ),
-            _ => anyhow!("{}: {e}", self.path.display()),
+            false => anyhow!("{}: {e}", self.path.display()),
         })?;
         self.hash.update(bytes);
         self.len += bytes.len() as u64;

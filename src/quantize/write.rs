@@ -5,13 +5,12 @@
 use super::plan::{Plan, Planned};
 use super::scratch::Scratch;
 use anyhow::{Context, Result, anyhow, bail};
-use rushlight_models::Error;
 use rushlight_models::checkpoint::{Bytes, Checkpoint, TensorInfo, gguf};
 use rushlight_models::convert::Source;
+use rushlight_models::{Error, is_full};
 use rushlight_quant::formats::{Format, exact};
 use rushlight_quant::quantize::encode;
 use std::collections::BTreeMap;
-use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -174,9 +173,8 @@ fn piece_weights(plan: &Plan, threads: usize, window: usize, memory: u64) -> Res
 
 /// What an error in writing means to a person.
 fn explain(error: Error, output: &Path, plan: &Plan) -> anyhow::Error {
-    let full = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge];
     match &error {
-        Error::Io { source, .. } if full.contains(&source.kind()) => anyhow!(
+        Error::Io { source, .. } if is_full(source) => anyhow!(
             "{}: no space left for the file, which takes {}: free some space and give the same command again, or write elsewhere",
             output.display(),
             megabytes(plan.bytes().0)
