@@ -4,7 +4,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused a file.
-    #[error("{}: {}", path.display(), said(source))]
+    #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -26,14 +26,6 @@ pub enum Error {
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// What the system said, with what to do where that is known.
-fn said(error: &std::io::Error) -> String {
-    if is_full(error) {
-        return "no space left on the disk: free some and give the same command again, or write elsewhere".into();
-    }
-    error.to_string()
-}
 
 /// Whether the disk, or the part of it that is allowed, had no room for what was to be written.
 pub fn is_full(error: &std::io::Error) -> bool {

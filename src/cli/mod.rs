@@ -154,7 +154,8 @@ fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
 
-/// An error with its causes in one line; what a message already says of its cause is not said again.
+/// An error with its causes in one line; what a message already says of its cause is not said again. Of a full disk it
+/// says what to do.
 pub fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {
@@ -163,6 +164,10 @@ pub fn one_line(error: &anyhow::Error) -> String {
         } else if !line.contains(&cause) {
             line = format!("{line}: {cause}");
         }
+    }
+    let full = error.chain().any(|cause| cause.downcast_ref().is_some_and(rushlight_models::is_full));
+    if full && !line.contains("make room") && !line.contains("free some space") {
+        line += ": free some space and give the same command again, or write elsewhere";
     }
     line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -205,6 +210,11 @@ mod tests {
         assert_eq!(one_line(&e), "a b: disk on fire");
         let e = Err::<(), _>(io()).context("saving").context("leaving").unwrap_err();
         assert_eq!(one_line(&e), "leaving: saving: disk on fire");
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let e = anyhow::Error::from(rushlight_models::Error::io("a", full()));
+        assert!(one_line(&e).ends_with("write elsewhere"));
+        let e = Err::<(), _>(full()).context("make room").unwrap_err();
+        assert!(!one_line(&e).contains("free some"));
     }
 
     #[test]
