@@ -184,6 +184,7 @@ fn wrong_files_are_named_with_their_lines() {
     let long = "x".repeat(100);
     for (name, text, what) in [
         ("a.csv", "Q,1,2,3,4,A\nQ,1,2,3,4,E\n", "a.csv, line 2: the answer is 'E'"),
+        ("l.csv", "Q,1,2,3,4,A\r\n\r\nQ,1,2,3,4,E\r\n", "l.csv, line 3: the answer is 'E'"),
         ("b.csv", "Q,1,2,3,A\n", "b.csv, line 1: there are 5 columns"),
         ("c.csv", "id,question,A,B,C,D\n0,q,1,2,3,4\n", "c.csv, line 1: there is no column of answers"),
         ("d.csv", "id,question,A,B,C,D,answer\n0,q,1,2,3\n", "d.csv, line 2: column 6 is missing"),

@@ -58,12 +58,18 @@ fn csv(text: &str, name: &str) -> Result<File> {
     let mut reader = csv::ReaderBuilder::new().has_headers(false).flexible(true).from_reader(text.as_bytes());
     let mut header: Option<Header> = None;
     let (mut words, mut items) = (Words::English, Vec::new());
+    let (mut line, mut counted) = (1, 0);
     for (i, record) in reader.records().enumerate() {
         let record = record.map_err(|e| {
             let line = e.position().map_or(i as u64 + 1, |p| p.line());
             anyhow!("{name}, line {line}: not CSV: {e}")
         })?;
-        let place = format!("{name}, line {}", record.position().map_or(i as u64 + 1, |p| p.line()));
+        // A record's position lies before what ends the one above, and before empty lines.
+        let from = record.position().map_or(0, |p| p.byte() as usize).min(text.len());
+        let empty = text.as_bytes()[from..].iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
+        line += text.as_bytes()[counted..from + empty].iter().filter(|b| **b == b'\n').count();
+        counted = from + empty;
+        let place = format!("{name}, line {line}");
         if i == 0
             && let Some(found) = Header::of(&record)
         {

@@ -22,6 +22,7 @@ use options::Kind;
 use rushlight_quant::{Cpu, Isa};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Runs the command.
@@ -37,7 +38,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     if let Some(count) = args.show_data {
         return show_data(&prepared, count);
     }
-    let data = prepared.data.report.to_string();
+    let data = reports(&prepared);
     let say = |line: &str| {
         if !global.quiet {
             writeln!(std::io::stderr(), "{line}").ok();
@@ -103,8 +104,17 @@ fn show_data(prepared: &Prepared, count: usize) -> Result<()> {
             writeln!(out, "{}", show(&example, prepared.tokenizer.as_deref(), colour))?;
         }
     }
-    writeln!(out, "{}", prepared.data.report)?;
+    writeln!(out, "{}", reports(prepared))?;
     Ok(())
+}
+
+/// What became of the records of each file, those to validate on included.
+fn reports(prepared: &Prepared) -> String {
+    let (data, validation) = (&prepared.data.report, prepared.validation.as_ref().map(|v| &v.report));
+    match validation.filter(|v| !Arc::ptr_eq(v, data)) {
+        Some(validation) => format!("{data}validation\n{validation}"),
+        None => data.to_string(),
+    }
 }
 
 /// Prints the plan, with the time of a step measured on the first examples.

@@ -126,6 +126,9 @@ pub fn text_of(value: &Value) -> Result<String, String> {
         Value::Null => Ok(String::new()),
         Value::Number(n) => Ok(n.to_string()),
         Value::Bool(b) => Ok(b.to_string()),
+        Value::Array(texts) if texts.len() > 1 && texts.iter().all(Value::is_string) => {
+            Err(format!("a list of {} texts, and which of them is meant is not said", texts.len()))
+        }
         Value::Array(parts) => {
             let text = |part: &Value| match part["text"].as_str().or(part.as_str()) {
                 Some(text) => Ok(text.to_owned()),

@@ -1,7 +1,7 @@
 //! The examples of a run, as compactly as they can be kept: tokens in one piece, and what is learned as ranges.
 
 use super::encode::{Encoded, Learned, Refusal};
-use super::report::{FileReport, Report, Skipped};
+use super::report::{FileReport, Report, Skipped, UNUSED};
 use super::{DataSettings, Source};
 use crate::engine::random::Random;
 use crate::train::batch::Example;
@@ -244,6 +244,8 @@ impl Builder {
         if let Some(note) = encoded.note {
             *report.notes.entry(note).or_default() += 1;
         }
+        let room = UNUSED - report.unused.len();
+        report.unused.extend(encoded.unused.into_iter().take(room));
         list.push(Kept { ids: at..ids.len(), learned: first..learned.len(), file, line, text: encoded.text });
         Ok(())
     }

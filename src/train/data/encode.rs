@@ -21,6 +21,8 @@ pub struct Encoded {
     pub cut: Option<usize>,
     /// What a person should know.
     pub note: Option<&'static str>,
+    /// Columns that have no part in it.
+    pub unused: Vec<String>,
 }
 
 /// Which rows are asked for which token.
@@ -70,7 +72,8 @@ impl Encoder<'_> {
     pub fn encode(&self, record: &Record) -> Result<Encoded, Refusal> {
         let knows_calls = self.template.is_some_and(|t| t.mentions("tool_calls", true));
         let asked = Asked { knows_calls, columns: self.settings.columns.as_ref() };
-        let encoded = match layout::read(record, &asked)? {
+        let (lesson, unused) = layout::read(record, &asked)?;
+        let encoded = match lesson {
             Lesson::Chat(conversation, kind) => {
                 let stop = |what| Err(Refusal::Stop(format!("conversations need {what}")));
                 let Some(tokenizer) = self.tokenizer else { return stop("a tokenizer, and this model has none") };
@@ -111,7 +114,7 @@ impl Encoder<'_> {
             let why = format!("token {id} is outside the model's vocabulary of {}", self.settings.vocab_size);
             return Err(Refusal::Skip(why));
         }
-        self.fit(encoded)
+        self.fit(Encoded { unused, ..encoded })
     }
 
     fn tokens(&self, ids: &[i64], labels: &[i64]) -> Result<Encoded, Refusal> {

@@ -3,6 +3,7 @@
 use super::conversation::{Conversation, from_moss, text_of};
 use super::read::Record;
 use serde_json::{Map, Value};
+use std::cell::Cell;
 
 /// What a record teaches.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +15,9 @@ pub enum Lesson {
     /// Whatever its tokens and labels (-100: none) say.
     Tokens { ids: Vec<i64>, labels: Vec<i64> },
 }
+
+/// Names of columns that hold lists.
+const LISTS: [&str; 5] = ["messages", "conversations", "conversation", "dialogue", "input_ids"];
 
 /// What is asked of a template before a record is read.
 pub struct Asked<'a> {
@@ -73,17 +77,35 @@ const SYSTEM: &[&str] = &["system", "system_prompt", "meta_instruction"];
 /// Names of the column of texts to go on with.
 const TEXT: &[&str] = &["text", "document", "content"];
 
-/// What `record` teaches.
+/// Whether a column of this name is a question, an answer or a text.
+pub fn is_known(name: &str) -> bool {
+    let name = plain(name);
+    [QUESTION, ANSWER, TEXT].iter().any(|names| names.contains(&name.as_str()))
+}
+
+/// A name as the lists above spell them.
+fn plain(name: &str) -> String {
+    name.trim().to_lowercase().replace([' ', '-'], "_")
+}
+
+/// What `record` teaches, and the names of the columns that have no part in it.
 ///
 /// # Errors
 /// Says what is missing or wrong, on one line.
-pub fn read(record: &Record, asked: &Asked) -> Result<Lesson, String> {
-    let fields = match record {
-        Record::Fields(fields) => Fields::new(fields),
-        Record::Part { text, first, last } => {
-            return Ok(Lesson::Text { text: text.clone(), first: *first, last: *last });
+pub fn read(record: &Record, asked: &Asked) -> Result<(Lesson, Vec<String>), String> {
+    match record {
+        Record::Fields(fields) => {
+            let fields = Fields::new(fields);
+            let lesson = lesson(&fields, asked)?;
+            Ok((lesson, fields.unused()))
         }
-    };
+        Record::Part { text, first, last } => {
+            Ok((Lesson::Text { text: text.clone(), first: *first, last: *last }, Vec::new()))
+        }
+    }
+}
+
+fn lesson(fields: &Fields, asked: &Asked) -> Result<Lesson, String> {
     let chat = |conversation: Result<Conversation, String>, kind| {
         let system = fields.text(SYSTEM)?;
         conversation.map(|c| Lesson::Chat(c.with_system(&system), kind))
@@ -92,14 +114,17 @@ pub fn read(record: &Record, asked: &Asked) -> Result<Lesson, String> {
         return chat(fields.pair(question, answer), "questions and answers");
     }
     if let Some(ids) = fields.list(&["input_ids"])? {
-        return tokens(&ids, &fields);
+        return tokens(&ids, fields);
     }
     if fields.get("chosen").is_some() && fields.get("rejected").is_some() {
         return Err("a choice between two answers (chosen, rejected), which is for preference training".into());
     }
-    if let Some(messages) = fields.list(&["messages", "conversations", "conversation", "dialogue"])? {
-        if fields.get("label") == Some(&Value::Bool(false)) {
-            return Err("marked as an answer not to give (label is false)".into());
+    if let Some(messages) = fields.list(&LISTS[..4])? {
+        if let Some(Value::Bool(label)) = fields.get("label") {
+            fields.mark("label");
+            if !label {
+                return Err("marked as an answer not to give (label is false)".into());
+            }
         }
         let conversation = Conversation::from_messages(&messages, asked.knows_calls);
         let tools = fields.list(&["tools", "functions"]).unwrap_or_default().filter(|t| !t.is_empty());
@@ -107,6 +132,7 @@ pub fn read(record: &Record, asked: &Asked) -> Result<Lesson, String> {
         return chat(conversation.map(|c| Conversation { tools, ..c }), "conversations");
     }
     if let Some(Value::Object(turns)) = fields.get("chat") {
+        fields.mark("chat");
         return chat(from_moss(turns), "conversations");
     }
     if fields.get("instruction").is_some() && fields.first(&["output", "response"]).is_some() {
@@ -120,6 +146,8 @@ pub fn read(record: &Record, asked: &Asked) -> Result<Lesson, String> {
         return Err(fields.unknown());
     };
     if let (Some(Value::Array(prompt)), Some(Value::Array(completion))) = (fields.get(question), fields.get(answer)) {
+        fields.mark(question);
+        fields.mark(answer);
         let list: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
         let mut conversation = Conversation::from_messages(&list, asked.knows_calls);
         if let Ok(c) = &mut conversation {
@@ -131,13 +159,28 @@ pub fn read(record: &Record, asked: &Asked) -> Result<Lesson, String> {
     chat(fields.pair(question, answer), "questions and answers")
 }
 
-/// A record's fields by their names in lower case.
-struct Fields<'a>(Vec<(String, &'a Value)>);
+/// A record's fields by their names in lower case, and whether each was of use.
+struct Fields<'a>(Vec<(String, &'a Value, Cell<bool>)>);
 
 impl<'a> Fields<'a> {
     fn new(fields: &'a Map<String, Value>) -> Fields<'a> {
-        let plain = |name: &String| name.trim().to_lowercase().replace([' ', '-'], "_");
-        Fields(fields.iter().map(|(name, value)| (plain(name), value)).collect())
+        Fields(fields.iter().map(|(name, value)| (plain(name), value, Cell::new(false))).collect())
+    }
+
+    /// Says that the field `name` is of use.
+    fn mark(&self, name: &str) {
+        self.0.iter().filter(|f| f.0 == name).for_each(|f| f.2.set(true));
+    }
+
+    /// The names of those that were of no use, and are not empty.
+    fn unused(&self) -> Vec<String> {
+        let empty = |value: &Value| match value {
+            Value::Null => true,
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        self.0.iter().filter(|f| !f.2.get() && !empty(f.1)).map(|f| f.0.clone()).collect()
     }
 
     /// The field `name`, where it is not null.
@@ -153,12 +196,14 @@ impl<'a> Fields<'a> {
     /// The text of the first of `names`; empty where there is none.
     fn text(&self, names: &[&str]) -> Result<String, String> {
         let Some((name, value)) = names.iter().find_map(|n| Some((n, self.get(n)?))) else { return Ok(String::new()) };
+        self.mark(name);
         text_of(value).map_err(|e| format!("column {name}: {e}"))
     }
 
     /// The list in the first of `names`, which a table holds as JSON.
     fn list(&self, names: &[&str]) -> Result<Option<Vec<Value>>, String> {
         let Some((name, value)) = names.iter().find_map(|n| Some((n, self.get(n)?))) else { return Ok(None) };
+        self.mark(name);
         match value {
             Value::Array(list) => Ok(Some(list.clone())),
             Value::String(s) => match serde_json::from_str(s) {
@@ -191,8 +236,8 @@ impl<'a> Fields<'a> {
         let question = self.first(QUESTION);
         let answer = self.first(ANSWER).or_else(|| self.first(CLASS)).filter(|a| Some(*a) != question);
         let other = |name: &str| match self.0.as_slice() {
-            [(a, _), (b, _)] if a == name => Some(b.as_str()),
-            [(a, _), (b, _)] if b == name => Some(a.as_str()),
+            [(a, ..), (b, ..)] if a == name => Some(b.as_str()),
+            [(a, ..), (b, ..)] if b == name => Some(a.as_str()),
             _ => None,
         };
         match (question, answer) {
@@ -208,7 +253,6 @@ impl<'a> Fields<'a> {
     }
 
     fn pair(&self, question: &str, answer: &str) -> Result<Conversation, String> {
-        let plain = |name: &str| name.trim().to_lowercase().replace([' ', '-'], "_");
         let (question, answer) = (plain(question), plain(answer));
         for name in [&question, &answer] {
             if !self.0.iter().any(|f| f.0 == *name) {
@@ -232,6 +276,11 @@ impl<'a> Fields<'a> {
     fn unknown(&self) -> String {
         if self.0.is_empty() {
             return "the record is empty".into();
+        }
+        if let Some((name, ..)) =
+            self.0.iter().find(|f| f.1.is_null() && (is_known(&f.0) || LISTS.contains(&f.0.as_str())))
+        {
+            return format!("{name} is null");
         }
         let known = "messages, conversations, instruction and output, prompt and completion, question and answer, text, input_ids";
         format!("its columns ({}) are none that are known ({known}); name two with --columns", self.names())

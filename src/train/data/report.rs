@@ -1,6 +1,6 @@
 //! What became of the records of each file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ pub struct FileReport {
     pub skipped: Vec<Skipped>,
     /// What a person should know about used records, and how many it concerns.
     pub notes: BTreeMap<&'static str, usize>,
+    /// Columns of used records that have no part in what is learned; the first that were met.
+    pub unused: BTreeSet<String>,
 }
 
 /// What became of the records of all files.
@@ -58,6 +60,8 @@ impl Report {
 
 /// Lines that are listed for one reason.
 const LISTED: usize = 8;
+/// Columns without a part that are remembered of one file.
+pub(super) const UNUSED: usize = 12;
 /// Reasons that are listed for one file.
 const REASONS: usize = 12;
 
@@ -110,6 +114,10 @@ impl fmt::Display for Report {
                 file.reasons().iter().try_for_each(|reason| writeln!(f, "    {reason}"))?;
             }
             file.notes.iter().try_for_each(|(note, n)| writeln!(f, "  {n} {note}"))?;
+            if !file.unused.is_empty() {
+                let names: Vec<&str> = file.unused.iter().map(String::as_str).collect();
+                writeln!(f, "  nothing is learned from its columns {}", names.join(", "))?;
+            }
         }
         Ok(())
     }

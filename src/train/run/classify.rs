@@ -5,6 +5,7 @@ use crate::train::batch::Example;
 use crate::train::data::classes::{Confusion, Metrics, answered, classes};
 use crate::train::data::{Dataset, micro_batches};
 use anyhow::{Result, ensure};
+use std::collections::BTreeMap;
 
 /// Questions whose answers are classes.
 #[derive(Clone, Debug)]
@@ -29,11 +30,23 @@ impl Classification {
             "--compute-classification-metrics: the examples are no classification: each needs one short answer, and there \
              are to be far fewer different answers than examples"
         );
-        let questions = (0..validation.len()).filter_map(|item| {
-            let (question, answer) = validation.question(item)?;
-            Some((question.to_vec(), classes.iter().position(|c| c == answer)?))
-        });
-        let questions: Vec<_> = questions.collect();
+        let (mut questions, mut others) = (Vec::new(), BTreeMap::<String, usize>::new());
+        for item in 0..validation.len() {
+            let Some((question, answer)) = validation.question(item) else { continue };
+            match classes.iter().position(|c| c == answer) {
+                Some(class) => questions.push((question.to_vec(), class)),
+                None => *others.entry(name(answer)).or_default() += 1,
+            }
+        }
+        if !others.is_empty() {
+            let named: Vec<String> = others.keys().take(8).map(|name| format!("'{name}'")).collect();
+            tracing::warn!(
+                "{} examples to validate on are not measured, as their classes are not among those learned: {}{}",
+                others.values().sum::<usize>(),
+                named.join(", "),
+                if others.len() > named.len() { ", ..." } else { "" }
+            );
+        }
         ensure!(
             !questions.is_empty(),
             "--compute-classification-metrics: no answer of the validation set is among those of the examples"

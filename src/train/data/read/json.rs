@@ -1,4 +1,5 @@
 use super::{Each, LONGEST, Record};
+use crate::train::data::layout;
 use anyhow::{Result, anyhow, bail};
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
@@ -52,10 +53,24 @@ pub fn read(mut reader: impl BufRead, each: Each) -> Result<&'static str> {
     Ok("record")
 }
 
-/// Whether the first line is an object of its own, so that the file is JSONL whatever its name.
+/// Whether the first line is a record of its own, so that the file is JSONL whatever its name.
 fn by_line(begin: &[u8]) -> bool {
     let Some(line) = begin.trim_ascii_start().split(|&b| b == b'\n').next() else { return false };
-    line.starts_with(b"{") && serde_json::from_slice::<Map<String, Value>>(line).is_ok()
+    line.starts_with(b"{") && serde_json::from_slice::<Map<String, Value>>(line).is_ok_and(|map| !holds_records(&map))
+}
+
+/// Whether `begin`, of a file that is called JSONL, is one line with an object that holds a list of records.
+pub fn is_one_list(begin: &[u8]) -> bool {
+    let lines = begin.trim_ascii().split(|&b| b == b'\n').take(2);
+    let maps: Vec<_> = lines.map(|line| serde_json::from_slice::<Map<String, Value>>(line).ok()).collect();
+    matches!(&maps[..], [Some(map)] if holds_records(map))
+}
+
+/// Whether a list of objects is among the members, and nothing that a record has.
+fn holds_records(map: &Map<String, Value>) -> bool {
+    let list = |value: &Value| value.as_array().and_then(|list| list.first()).is_some_and(Value::is_object);
+    map.iter().any(|(name, value)| !FIELDS.contains(&name.as_str()) && list(value))
+        && !map.keys().any(|name| FIELDS.contains(&name.as_str()) || layout::is_known(name))
 }
 
 struct Give<'a> {

@@ -1,7 +1,7 @@
 use super::{Counted, Done, Each, Record, guarded};
 use crate::cli::size;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use calamine::{DataRef, Reader, Xlsx};
+use calamine::{DataRef, ExcelDateTime, Reader, Xlsx};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -101,6 +101,23 @@ fn finish(header: &mut Option<Row>, row: Row, number: u64, each: Each) -> Result
     Ok(true)
 }
 
+/// A date, a time or a span as people write them.
+fn moment(d: &ExcelDateTime) -> String {
+    let milliseconds = (d.as_f64() * 86_400_000.0).round().max(0.0) as u64;
+    let seconds = milliseconds / 1000 % 60;
+    if d.is_duration() {
+        return format!("{}:{:02}:{seconds:02}", milliseconds / 3_600_000, milliseconds / 60_000 % 60);
+    }
+    let (year, month, day, hour, minute, second, _) = d.to_ymd_hms_milli();
+    let (date, time) = (format!("{year:04}-{month:02}-{day:02}"), format!("{hour:02}:{minute:02}:{second:02}"));
+    // A time of day lies in no day; a day without one begins at midnight.
+    match (d.as_f64() < 1.0, (hour, minute, second) == (0, 0, 0)) {
+        (true, _) => time,
+        (false, true) => date,
+        (false, false) => format!("{date} {time}"),
+    }
+}
+
 fn written(value: &DataRef) -> String {
     match value {
         DataRef::String(s) => s.clone(),
@@ -109,8 +126,23 @@ fn written(value: &DataRef) -> String {
         DataRef::Float(f) => f.to_string(),
         DataRef::Int(n) => n.to_string(),
         DataRef::Bool(b) => b.to_string(),
-        DataRef::DateTime(d) => d.to_string(),
+        DataRef::DateTime(d) => moment(d),
         DataRef::DateTimeIso(s) | DataRef::DurationIso(s) => s.clone(),
         DataRef::Error(_) | DataRef::Empty => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use calamine::ExcelDateTimeType::{DateTime, TimeDelta};
+
+    #[test]
+    fn dates_are_written_as_people_read_them() {
+        let told = |value, kind| moment(&ExcelDateTime::new(value, kind, false));
+        assert_eq!(told(45351.0, DateTime), "2024-02-29");
+        assert_eq!(told(45351.541666666664, DateTime), "2024-02-29 13:00:00");
+        assert_eq!(told(0.3125, DateTime), "07:30:00");
+        assert_eq!(told(1.25, TimeDelta), "30:00:00");
     }
 }

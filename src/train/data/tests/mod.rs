@@ -114,6 +114,10 @@ fn layouts_are_told_by_their_columns() {
         ("a.json", pretty(messages)),
         ("a.json", format!("[{messages}]")),
         ("a.json", pretty(&format!(r#"{{"version":1,"data":[{messages}],"tags":["x"]}}"#))),
+        ("a.json", format!(r#"{{"version":1,"data":[{messages}]}}"#)),
+        ("a.jsonl", format!(r#"{{"data":[{messages}]}}"#)),
+        ("a.jsonl", r#"{"prompt":"hi","completion":"yes","sources":[{"page":1}]}"#.into()),
+        ("a.json", r#"{"prompt":"hi","completion":"yes","sources":[{"page":1}]}"#.into()),
         ("a.jsonl", format!("\u{feff}{sharegpt}\r\n\n")),
         ("no-extension", sharegpt.to_owned()),
         ("a.csv", format!("id,messages\n1,\"{}\"\n", in_a_cell(list))),
@@ -214,6 +218,9 @@ fn what_cannot_be_used_is_listed_by_line() {
         (r#"{"prompt":"","completion":"x"}"#, "the question is empty"),
         (r#"{"prompt":"x","completion":""}"#, "the answer is empty"),
         (r#"{"prompt":{"a":1},"completion":"x"}"#, "column prompt: an object"),
+        (r#"{"question":"x","answer":["a","b"]}"#, "column answer: a list of 2 texts"),
+        (r#"{"messages":null,"id":1}"#, "messages is null"),
+        (r#"{"text":null}"#, "text is null"),
         (r#"{"prompt":"x","chosen":"a","rejected":"b"}"#, "preference training"),
         (r#"{"a":1,"b":2,"c":3}"#, "its columns (a, b, c) are none that are known"),
         (r#"{"text":" \n"}"#, "the text is empty"),
@@ -249,12 +256,57 @@ fn what_cannot_be_used_is_listed_by_line() {
         told.contains("1 conversations, 1 questions and answers") && told.contains("1 cut to 60 tokens (line 2)"),
         "{told}"
     );
-    assert!(told.contains("29 left out") && told.contains("lines 6, 7: no assistant turn"), "{told}");
+    assert!(told.contains("32 left out") && told.contains("lines 6, 7: no assistant turn"), "{told}");
     room.settings.too_long = TooLong::Skip;
     let data = room.load("mixed.jsonl", &file).unwrap();
     assert!(data.report.files[0].skipped.iter().any(|s| s.line == 2 && s.why.contains("--max-seq-len")));
     let e = room.refusal("a.csv", "prompt,completion\na,b,c\nd\n");
     assert!(e.contains("line 2: 3 fields, where the first row has 2") && e.contains("line 3"), "{e}");
+}
+
+#[test]
+fn rows_of_tables_are_counted_as_editors_count_lines() {
+    let room = Room::new();
+    // Two lines in a cell, an empty line, and no line break behind the last row.
+    let table = "prompt,completion\n\"a\nb\",c\n\n,x\nd,e\n,y";
+    for table in [table.to_owned(), table.replace('\n', "\r\n")] {
+        let data = room.load("a.csv", &table).unwrap();
+        assert_eq!((data.origin(0).1, data.origin(1).1), (2, 6), "{table:?}");
+        let skipped: Vec<u64> = data.report.files[0].skipped.iter().map(|s| s.line).collect();
+        assert_eq!(skipped, [5, 7], "{table:?}");
+        assert!(room.shown(&data)[0].contains("user\na\nb<"));
+    }
+    // A carriage return of its own stays.
+    let data = room.load("a.tsv", "prompt\tcompletion\r\na\tb\r\nc\td\r\n").unwrap();
+    assert_eq!((data.len(), data.origin(1).1), (2, 3));
+    let data = room.load("a.csv", "prompt,completion\na,b\nc,\"d\ne,f\n").unwrap();
+    assert_eq!(data.len(), 1);
+    let told = data.report.to_string();
+    assert!(told.contains("line 3: a quote that opens here is never closed: it takes all of 2 lines"), "{told}");
+    let data = room.load("a.csv", "prompt,completion\na,b\nc,\"d\n\"\n").unwrap();
+    assert_eq!(data.len(), 2);
+    let e = room.refusal("a.csv", "prompt,completion\na,\"b\nc\",d\n");
+    assert!(e.contains("line 2: 3 fields") && e.contains("a quote that opens here closes 1 lines further"), "{e}");
+}
+
+#[test]
+fn columns_that_teach_nothing_are_named() {
+    let room = Room::new();
+    let of = |line: &str| room.load("a.jsonl", line).unwrap().report.to_string();
+    let told = of(r#"{"document":"a text","Summary":"short","empty":"","none":null}"#);
+    assert!(told.contains("nothing is learned from its columns summary\n"), "{told}");
+    let told = of(r#"{"question":"q","choices":["a","b"],"answer":1}"#);
+    assert!(told.contains("columns choices\n"), "{told}");
+    let told = of(r#"{"question":"q","text":"t"}"#);
+    assert!(told.contains("1 texts") && told.contains("columns question\n"), "{told}");
+    for line in [
+        r#"{"instruction":"a","input":"b","output":"c","history":[["q","r"]],"system":"S"}"#,
+        r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"label":true,"tools":[]}"#,
+        r#"{"input_ids":[65,66,67],"labels":[-100,66,67],"attention_mask":[1,1,0]}"#,
+        r#"{"question":"a","context":"b","answer":7}"#,
+    ] {
+        assert!(!of(line).contains("nothing is learned"), "{line}");
+    }
 }
 
 #[test]
