@@ -93,6 +93,12 @@ impl<'a> Folding<'a> {
 
     /// Fails where an adapter changes a matrix that is in none of `folds`.
     pub fn check_complete<'f>(&self, folds: impl Iterator<Item = &'f Fold>) -> Result<()> {
+        if let Some(linear) = self.model.linears().find(|l| l.own_bias.is_some()) {
+            return Err(Error::model(format!(
+                "an adapter brings its own bias for {:?} of layer {}, which cannot be merged: use it with --adapter",
+                linear.role, linear.layer
+            )));
+        }
         let done: HashSet<(Role, usize)> = folds.flat_map(|f| f.parts.iter().map(|p| p.key)).collect();
         let embedding = self.model.embedding.replacement.is_some().then_some((Role::Embedding, 0));
         // A tied head that stays tied is the embedding.

@@ -323,3 +323,75 @@ fn a_model_that_was_changed_is_read_back() {
         }
     }
 }
+
+#[test]
+fn whole_matrices_have_the_names_and_shapes_of_their_base() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [
+        "llama",
+        "qwen2",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "gpt_bigcode",
+        "falcon-7b-style",
+        "bloom",
+        "deepseek_v2",
+        "deepseek_v3",
+        "glm4",
+        "gptj",
+        "mixtral",
+        "qwen2_moe",
+        "internlm2",
+        "starcoder2",
+    ] {
+        let Some(source) = fixture(name) else { continue };
+        let base = Checkpoint::open(&source).unwrap();
+        let mut model = Model::load(&base).unwrap();
+        // A tied head is no tensor of its own.
+        let skipped = |role: Role| role == Role::Head && model.spec.tied_head;
+        let trained: Vec<(Role, usize, Vec<f32>)> = (model.linears().enumerate())
+            .filter(|(_, l)| !skipped(l.role))
+            .map(|(i, l)| (l.role, l.layer, numbers(l.weight.rows() * l.weight.cols(), i)))
+            .collect();
+        let wholes: Vec<_> =
+            trained.iter().map(|(role, layer, values)| Whole { role: *role, layer: *layer, values }).collect();
+        let out = dir.path().join(name);
+        write_peft(&out, &model, &description(2, false), &[], &wholes).unwrap();
+        let file = safetensors::open(&out.join("adapter_model.safetensors")).unwrap();
+        for tensor in file.tensors.iter().map(|t| &t.info) {
+            let own = tensor.name.strip_prefix("base_model.model.").unwrap();
+            let there = base.find(own).unwrap_or_else(|| panic!("{name} has no {own}"));
+            assert_eq!(tensor.shape, there.shape, "{name}: {own}");
+        }
+        attach(&mut model, &[(out, 1.0)]).unwrap();
+        for (role, layer, values) in &trained {
+            let linear = model.linears().find(|l| (l.role, l.layer) == (*role, *layer)).unwrap();
+            let (weight, mut read) = (linear.replacement.as_ref().unwrap(), vec![0.0; values.len()]);
+            weight.format().decode(weight.data(), &mut read);
+            assert!(read == *values && linear.own_bias.is_none(), "{name}: {role:?} of layer {layer}");
+        }
+    }
+}
+
+#[test]
+fn a_bias_that_an_adapter_brings_is_used_and_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(source) = fixture("qwen2") else { return };
+    let mut model = Model::load(&Checkpoint::open(&source).unwrap()).unwrap();
+    let mut other = model.clone();
+    let bias = |model: &Model| model.layers[0].q.bias.as_ref().unwrap().values.clone();
+    let own = bias(&model);
+    other.linears_mut().filter_map(|l| l.bias.as_mut()).for_each(|b| b.values.iter_mut().for_each(|x| *x += 1.0));
+    let q = numbers(model.layers[0].q.weight.rows() * model.layers[0].q.weight.cols(), 1);
+    let whole = Whole { role: Role::Q, layer: 0, values: &q };
+    write_peft(dir.path(), &other, &description(2, false), &[], &[whole]).unwrap();
+    attach(&mut model, &[(dir.path().to_owned(), 1.0)]).unwrap();
+    assert_eq!(bias(&model), bias(&other));
+    assert!(model.layers[0].q.own_bias.is_some() && model.layers[0].k.own_bias.is_none());
+    attach(&mut model, &[]).unwrap();
+    assert_eq!(bias(&model), own);
+    // PEFT is told of the one module alone, as another ends with the same letters.
+    let config: Json = serde_json::from_slice(&std::fs::read(dir.path().join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["modules_to_save"], serde_json::json!(["model.layers.0.self_attn.q_proj"]));
+}

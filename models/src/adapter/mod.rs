@@ -3,9 +3,9 @@
 
 pub mod write;
 
-use crate::checkpoint::{Checkpoint, Tensor, huggingface, pytorch, safetensors};
+use crate::checkpoint::{Bytes, Checkpoint, Tensor, TensorInfo, huggingface, pytorch, safetensors};
 use crate::families::{self, Config, Naming, Role};
-use crate::model::{Linear, LowRank, Model, Prefix, Weight};
+use crate::model::{Linear, LowRank, Model, Prefix, Vector, Weight};
 use crate::packing::{self, Rows};
 use crate::rope::reorder;
 use crate::{Error, Result};
@@ -57,14 +57,23 @@ pub fn attach(model: &mut Model, adapters: &[(PathBuf, f32)]) -> Result<()> {
     for linear in model.linears_mut() {
         linear.adapters.clear();
         linear.replacement = None;
+        if let Some(own) = linear.own_bias.take() {
+            linear.bias = Some(own);
+        }
     }
     for Change { role, layer, what } in changes {
         let linear = model.linears_mut().find(|l| (l.role, l.layer) == (role, layer));
         match (what, linear) {
             (What::LowRank(low_rank), Some(linear)) => linear.adapters.push(low_rank),
             (What::Replacement(weight), Some(linear)) => linear.replacement = Some(weight),
+            (What::Bias(values), Some(linear)) => {
+                if let Some(own) = &linear.bias {
+                    let bias = Vector { id: own.id, values };
+                    linear.own_bias = linear.bias.replace(bias);
+                }
+            }
             (What::Replacement(weight), None) => model.embedding.replacement = Some(weight),
-            (What::LowRank(_), None) => {}
+            (What::LowRank(_) | What::Bias(_), None) => {}
         }
     }
     Ok(())
@@ -86,6 +95,8 @@ struct Change {
 enum What {
     LowRank(LowRank),
     Replacement(Weight),
+    /// Of a layer that is replaced.
+    Bias(Vec<f32>),
 }
 
 /// The tensors an adapter has for one module.
@@ -95,6 +106,7 @@ struct Parts {
     b: Option<Tensor>,
     magnitude: Option<Tensor>,
     replacement: Option<Tensor>,
+    bias: Option<Tensor>,
 }
 
 fn read(path: &Path, strength: f32, model: &Model) -> Result<Adapter> {
@@ -138,7 +150,9 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
         let plain = name.strip_prefix("base_model.model.").unwrap_or(&name).replace(".default.", ".");
         let plain = plain.strip_suffix(".default").unwrap_or(&plain);
         let part = |end| plain.strip_suffix(end).map(str::to_owned);
-        if let Some(module) = part(".lora_A.weight") {
+        if plain.ends_with(".base_layer.weight") || plain.ends_with(".base_layer.bias") {
+            // PEFT saves the frozen head beside an adapter on it.
+        } else if let Some(module) = part(".lora_A.weight") {
             modules.entry(module).or_default().a = Some(tensor);
         } else if let Some(module) = part(".lora_B.weight") {
             modules.entry(module).or_default().b = Some(tensor);
@@ -146,6 +160,8 @@ fn read_peft(dir: &Path, strength: f32, model: &Model) -> Result<Adapter> {
             modules.entry(module).or_default().magnitude = Some(tensor);
         } else if let Some(module) = part(".modules_to_save.weight").or(part(".weight")) {
             modules.entry(module).or_default().replacement = Some(tensor);
+        } else if let Some(module) = part(".modules_to_save.bias").or(part(".bias")) {
+            modules.entry(module).or_default().bias = Some(tensor);
         } else {
             odd.push(name);
         }
@@ -352,8 +368,11 @@ impl Fit<'_> {
             )));
         }
         let mut changes = Vec::new();
-        for (module, parts) in modules {
+        for (module, mut parts) in modules {
             let Some((role, layer)) = self.model.family.role(naming, &module) else { continue };
+            if self.model.family.is_transposed(naming, role) {
+                parts.replacement = parts.replacement.map(|tensor| turned(&tensor).unwrap_or(tensor));
+            }
             let spec = &self.model.spec;
             // An adapter of a packed matrix is one of each of its parts, with the rows that belong to it.
             let packed = packing::parts(role, self.model.family.packing(naming, role), spec, layer);
@@ -390,6 +409,14 @@ impl Fit<'_> {
             };
             let weight = self.part(tensor, piece, base.rows(), base.cols())?;
             changes.push(Change { role, layer, what: What::Replacement(self.in_order(role, weight)) });
+        }
+        if let Some(tensor) = &parts.bias {
+            let own = linear.and_then(|l| l.bias.as_ref()).filter(|_| parts.replacement.is_some());
+            let own = own.ok_or_else(|| self.error(format!("{} is of no bias of this model", tensor.info.name)))?;
+            let values = self.vector(tensor, role, piece, own.values.len())?;
+            if values != own.values {
+                changes.push(Change { role, layer, what: What::Bias(values) });
+            }
         }
         let low_rank = match (&parts.a, &parts.b) {
             (None, None) if parts.magnitude.is_none() => return Ok(()),
@@ -433,22 +460,26 @@ impl Fit<'_> {
         let gain = match magnitude {
             None => None,
             Some(tensor) => {
-                let rows = if piece.rows.is_some() { piece.total } else { base.rows() };
-                let values = families::floats(tensor.info.format, &tensor.data).filter(|v| v.len() == rows);
-                let values = values.ok_or_else(|| {
-                    let (name, shape) = (&tensor.info.name, &tensor.info.shape);
-                    self.error(format!("{name} is {shape:?}, not [{rows}]: it belongs to another base"))
-                })?;
-                let values = piece.rows.as_ref().map_or(values.clone(), |part| part.of_values(&values));
-                let order = self.reorder.rows(linear.role, base.rows(), self.model.spec.head_dim);
-                let values = match order {
-                    Some(order) => order.iter().map(|&i| values[i]).collect(),
-                    None => values,
-                };
+                let values = self.vector(tensor, linear.role, piece, base.rows())?;
                 Some(gain(base, &a, &b, scale, values))
             }
         };
         Ok(LowRank { a, b, scale, strength: self.strength, gain })
+    }
+
+    /// What `tensor` has for each of the `rows` of a piece.
+    fn vector(&self, tensor: &Tensor, role: Role, piece: &Piece, rows: usize) -> Result<Vec<f32>> {
+        let all = if piece.rows.is_some() { piece.total } else { rows };
+        let values = families::floats(tensor.info.format, &tensor.data).filter(|v| v.len() == all);
+        let values = values.ok_or_else(|| {
+            let (name, shape) = (&tensor.info.name, &tensor.info.shape);
+            self.error(format!("{name} is {shape:?}, not [{all}]: it belongs to another base"))
+        })?;
+        let values = piece.rows.as_ref().map_or(values.clone(), |part| part.of_values(&values));
+        Ok(match self.reorder.rows(role, rows, self.model.spec.head_dim) {
+            Some(order) => order.iter().map(|&i| values[i]).collect(),
+            None => values,
+        })
     }
 
     /// The tensor as a matrix, if it has this shape and is stored in floating point.
@@ -470,6 +501,16 @@ impl Fit<'_> {
             None => weight,
         }
     }
+}
+
+/// A matrix of floats the other way round.
+fn turned(tensor: &Tensor) -> Option<Tensor> {
+    let &[inputs, outputs] = &tensor.info.shape[..] else { return None };
+    let values = families::floats(tensor.info.format, &tensor.data).filter(|v| v.len() == inputs * outputs)?;
+    let places = (0..outputs).flat_map(|o| (0..inputs).map(move |i| i * outputs + o));
+    let data: Vec<u8> = places.flat_map(|at| values[at].to_le_bytes()).collect();
+    let info = TensorInfo { format: Format::F32, shape: vec![outputs, inputs], ..tensor.info.clone() };
+    Some(Tensor { info, data: Bytes::new(data) })
 }
 
 /// DoRA's factor for each output: magnitude over the norm of `weight + scale * b * a` (Liu et al. 2024).

@@ -88,13 +88,8 @@ pub fn write_peft(
     wholes: &[Whole<'_>],
 ) -> Result<()> {
     let modules = modules(dir, model, Naming::HuggingFace, description.rank, pairs)?;
-    let name = |whole: &Whole<'_>| {
-        let name = model.family.name(Naming::HuggingFace, whole.role, whole.layer);
-        name.ok_or_else(|| Error::file(dir, format!("{:?} has no name that PEFT knows", whole.role)))
-    };
-    let wholes =
-        wholes.iter().map(|w| Ok((name(w)?, in_files(model, Naming::HuggingFace, w)?))).collect::<Result<Vec<_>>>();
-    let wholes = wholes?;
+    let wholes: Vec<Saved> =
+        groups(dir, model, wholes)?.iter().map(|group| group.in_files(dir, model)).collect::<Result<_>>()?;
     let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_owned();
     let own: HashSet<&str> = modules.iter().map(|m| m.name.as_str()).collect();
     // Modules that were left as they are: where one shares the end of its name with a trained one, the end says too much.
@@ -119,7 +114,7 @@ pub fn write_peft(
             alphas.insert(target, json!(alpha));
         }
     }
-    let saved: Vec<String> = wholes.iter().map(|(name, _)| last(name)).collect();
+    let saved = saved_names(model, wholes.iter().map(|saved| saved.name.as_str()));
     let transposed = modules.iter().any(|m| model.family.is_transposed(Naming::HuggingFace, m.role));
     let config = json!({
         "peft_type": "LORA",
@@ -148,7 +143,10 @@ pub fn write_peft(
             tensors.push((format!("{name}.lora_magnitude_vector"), vec![rows], magnitude));
         }
     }
-    for (name, (shape, values)) in wholes {
+    for Saved { name, shape, values, bias } in wholes {
+        if let Some(bias) = bias {
+            tensors.push((format!("{name}.bias"), vec![bias.len()], bias));
+        }
         tensors.push((format!("{name}.weight"), shape, values));
     }
     let prefixed = tensors.into_iter().map(|(name, shape, values)| (format!("base_model.model.{name}"), shape, values));
@@ -291,13 +289,7 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
             }
             let order = Reorder::of(model, naming).rows(pair.role, rows, model.spec.head_dim);
             for row in 0..rows {
-                // Where the model's row stands in the file.
-                let there = order.as_ref().map_or(row, |order| order[row]);
-                let there = match part {
-                    None => there,
-                    Some(Rows::Range(range)) => range.start + there,
-                    Some(Rows::Order(order)) => order[there],
-                };
+                let there = place(order.as_deref(), part.as_ref(), row);
                 module.b[there * module.rank + first..][..rank].copy_from_slice(&pair.b[row * rank..][..rank]);
                 if let Some(magnitude) = pair.magnitude {
                     let rows = module.rows;
@@ -314,22 +306,124 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
     Ok(modules)
 }
 
-/// The shape and values of a matrix as files of `naming` hold it.
-fn in_files(model: &Model, naming: Naming, whole: &Whole<'_>) -> Result<(Vec<usize>, Vec<f32>)> {
-    let linear = model.linears().find(|l| (l.role, l.layer) == (whole.role, whole.layer)).map(|l| &l.weight);
-    let weight = linear.or((whole.role == Role::Embedding).then_some(&model.embedding.weight));
-    let fits = weight.map(|w| (w.rows(), w.cols())).filter(|(rows, cols)| rows * cols == whole.values.len());
-    let Some((rows, cols)) = fits else {
-        let what = format!("{:?} of layer {} is no matrix of {} values", whole.role, whole.layer, whole.values.len());
-        return Err(Error::model(what));
-    };
-    let mut values = whole.values.to_vec();
-    if let Some(order) = Reorder::of(model, naming).rows(whole.role, rows, model.spec.head_dim) {
-        for (row, &there) in order.iter().enumerate() {
-            values[there * cols..][..cols].copy_from_slice(&whole.values[row * cols..][..cols]);
+/// Fails where a matrix that is trained whole could not be written by [`write_peft`].
+pub fn check_wholes(dir: &Path, model: &Model, wholes: &[Whole<'_>]) -> Result<()> {
+    groups(dir, model, wholes).map(drop)
+}
+
+/// What is one matrix in the base's own files, and was trained whole.
+struct Group<'a> {
+    name: String,
+    role: Role,
+    layer: usize,
+    /// The model's matrices, and which of its rows each has: `None` where it is all of it.
+    parts: Vec<(Whole<'a>, Option<Rows>)>,
+}
+
+/// A module as PEFT saves it.
+struct Saved {
+    name: String,
+    shape: Vec<usize>,
+    values: Vec<f32>,
+    /// The base's: it is not trained, and PEFT looks for it.
+    bias: Option<Vec<f32>>,
+}
+
+fn groups<'a>(dir: &Path, model: &Model, wholes: &[Whole<'a>]) -> Result<Vec<Group<'a>>> {
+    let family = model.family;
+    let mut groups: Vec<Group<'a>> = Vec::new();
+    for whole in wholes {
+        let (role, layer) = (whole.role, whole.layer);
+        let module = match role {
+            Role::Embedding => family.name(Naming::HuggingFace, role, layer).map(|name| (role, name)),
+            _ => model.module(Naming::HuggingFace, role, layer).filter(|m| !family.stacked(Naming::HuggingFace, m.0)),
+        };
+        let (module, name) = module.ok_or_else(|| Error::file(dir, format!("{role:?} has no name that PEFT knows")))?;
+        let parts = packing::parts(module, family.packing(Naming::HuggingFace, module), &model.spec, layer);
+        let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
+        match groups.iter_mut().find(|g| g.name == name) {
+            Some(group) => group.parts.push((*whole, rows)),
+            None => groups.push(Group { name, role: module, layer, parts: vec![(*whole, rows)] }),
         }
     }
-    Ok((vec![rows, cols], values))
+    let incomplete = |g: &&Group<'_>| {
+        let parts = packing::parts(g.role, family.packing(Naming::HuggingFace, g.role), &model.spec, g.layer);
+        !parts.is_empty() && parts.len() != g.parts.len()
+    };
+    match groups.iter().find(incomplete) {
+        Some(group) => Err(Error::file(dir, format!("only a part of {} was trained whole", group.name))),
+        None => Ok(groups),
+    }
+}
+
+impl Group<'_> {
+    /// The matrix as the base's own files hold it.
+    fn in_files(&self, dir: &Path, model: &Model) -> Result<Saved> {
+        let naming = Naming::HuggingFace;
+        let linear = |w: &Whole<'_>| model.linears().find(|l| (l.role, l.layer) == (w.role, w.layer));
+        let shape = |w: &Whole<'_>| match linear(w) {
+            Some(linear) => Some((linear.weight.rows(), linear.weight.cols())),
+            None => (w.role == Role::Embedding).then(|| (model.embedding.weight.rows(), model.embedding.weight.cols())),
+        };
+        let mut all = 0;
+        for (whole, _) in &self.parts {
+            match shape(whole).filter(|(rows, cols)| rows * cols == whole.values.len()) {
+                Some((rows, _)) => all += rows,
+                None => {
+                    let what = format!("what was trained for {} has not the shape of its layer", self.name);
+                    return Err(Error::file(dir, what));
+                }
+            }
+        }
+        let cols = self.parts.first().and_then(|(whole, _)| shape(whole)).map_or(0, |(_, cols)| cols);
+        let (mut values, mut bias) = (vec![0.0; all * cols], None);
+        for (whole, part) in &self.parts {
+            let rows = whole.values.len() / cols;
+            let order = Reorder::of(model, naming).rows(whole.role, rows, model.spec.head_dim);
+            let own = linear(whole).and_then(|l| l.bias.as_ref());
+            for row in 0..rows {
+                let there = place(order.as_deref(), part.as_ref(), row);
+                values[there * cols..][..cols].copy_from_slice(&whole.values[row * cols..][..cols]);
+                if let Some(own) = own {
+                    bias.get_or_insert_with(|| vec![0.0; all])[there] = own.values[row];
+                }
+            }
+        }
+        let name = self.name.clone();
+        if model.family.is_transposed(naming, self.role) {
+            let turned = (0..cols).flat_map(|c| (0..all).map(move |r| r * cols + c)).map(|at| values[at]).collect();
+            return Ok(Saved { name, shape: vec![cols, all], values: turned, bias });
+        }
+        Ok(Saved { name, shape: vec![all, cols], values, bias })
+    }
+}
+
+/// Where a file has row `row` of the model's matrix, whose rows stand there in `order` and among others as `part` says.
+fn place(order: Option<&[usize]>, part: Option<&Rows>, row: usize) -> usize {
+    let there = order.map_or(row, |order| order[row]);
+    match part {
+        None => there,
+        Some(Rows::Range(range)) => range.start + there,
+        Some(Rows::Order(order)) => order[there],
+    }
+}
+
+/// How PEFT is told of the modules `saved`: by the ends of their names, or by all of each name where its end is that of
+/// another module, too. PEFT compares letters, so `gate` would mean a `shared_gate`.
+fn saved_names<'a>(model: &Model, saved: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let saved: Vec<&str> = saved.collect();
+    let linears = model.linears().filter_map(|l| model.module(Naming::HuggingFace, l.role, l.layer));
+    let names = linears.map(|(_, name)| name).chain(model.family.name(Naming::HuggingFace, Role::Embedding, 0));
+    let others: Vec<String> = names.filter(|name| !saved.contains(&name.as_str())).collect();
+    let mut told: Vec<String> = Vec::new();
+    for name in saved {
+        let end = name.rsplit('.').next().unwrap_or(name);
+        let end = if others.iter().any(|other| other.ends_with(end)) { name } else { end };
+        if !told.iter().any(|t| t == end) {
+            told.push(end.to_owned());
+        }
+    }
+    told
 }
 
 /// The two files of a PEFT adapter. The configuration goes first: an adapter that was there keeps its numbers until the

@@ -47,8 +47,8 @@ impl<'a> Finder<'a> {
                 let name = self.stored(&self.name(Role::Head, 0), ".bias", "_bias");
                 let bias = all_or_none(spec.bias.head.then(|| self.vector(&name, &[vocab])));
                 let (id, weight) = (table.id, table.weight.clone());
-                let (role, layer, adapters, replacement) = (Role::Head, 0, Vec::new(), None);
-                bias.map(|bias| Linear { id, role, layer, weight, bias, adapters, replacement })
+                let (role, layer, adapters, replacement, own_bias) = (Role::Head, 0, Vec::new(), None, None);
+                bias.map(|bias| Linear { id, role, layer, weight, bias, adapters, replacement, own_bias })
             }
             (true, None) => None,
             (false, _) => self.linear(Role::Head, 0, &spec, vocab, hidden, spec.bias.head),
@@ -203,8 +203,8 @@ impl<'a> Finder<'a> {
         let keys = Weight::new(keys.format, heads * kv, plain, key_data)?;
         let values = Weight::new(values.format, heads * wide, kv, value_data)?;
         let weight = Weight::of_heads(heads, &keys, &values)?;
-        let (adapters, replacement) = (Vec::new(), None);
-        Some(Linear { id, role: Role::KvUp, layer: i, weight, bias: None, adapters, replacement })
+        let (adapters, replacement, own_bias) = (Vec::new(), None, None);
+        Some(Linear { id, role: Role::KvUp, layer: i, weight, bias: None, adapters, replacement, own_bias })
     }
 
     fn mlp(&mut self, i: usize, spec: &ModelSpec, mlp: &Mlp, roles: [Role; 3]) -> Option<MlpWeights> {
@@ -282,7 +282,16 @@ impl<'a> Finder<'a> {
         });
         let weight = self.matrix(&place, cols);
         let (id, weight) = weight?;
-        Some(Linear { id, role, layer, weight, bias: all_or_none(bias)?, adapters: Vec::new(), replacement: None })
+        Some(Linear {
+            id,
+            role,
+            layer,
+            weight,
+            bias: all_or_none(bias)?,
+            adapters: Vec::new(),
+            replacement: None,
+            own_bias: None,
+        })
     }
 
     /// Where the matrix of a role is to be found: under a name of its own, or else as a part of another.

@@ -30,6 +30,8 @@ pub struct Linear {
     pub adapters: Vec<LowRank>,
     /// Used instead of `weight`, where an adapter brings the whole matrix.
     pub replacement: Option<Weight>,
+    /// The file's bias, where an adapter has put its own into `bias`.
+    pub own_bias: Option<Vector>,
 }
 
 impl Linear {

@@ -8,7 +8,7 @@ use crate::train::batch::{Example, Loss};
 use crate::train::params::{Gradients, Params};
 use crate::train::tape::{Learner, LoraConfig, Method};
 use anyhow::{Context, Result, bail};
-use rushlight_models::adapter::write::{Description, Pair, Whole, write_gguf, write_peft, write_prefix};
+use rushlight_models::adapter::write::{self, Description, Pair, Whole, write_gguf, write_peft, write_prefix};
 use rushlight_models::checkpoint::export::write_trained;
 use rushlight_models::checkpoint::{Checkpoint, Kind};
 use rushlight_models::families::Role;
@@ -96,6 +96,7 @@ impl Pupil {
         {
             bail!("--train-full: adapters can hold linear layers and the embedding, not norms or positions");
         }
+        write::check_wholes(Path::new("--train-full"), model, &self.wholes())?;
         if self.gguf {
             let whole = model.linears().any(|l| sites.linear(l).weight.is_some());
             if config.dora || whole || sites.table(&model.embedding).is_some() {

@@ -163,15 +163,15 @@ impl Builder<'_> {
             }
         }
         for linear in model.linears() {
-            if linear.role == Role::Head && linear.id == model.embedding.id {
-                self.sites.linears[linear.id].weight = self.sites.tables[model.embedding.id];
-                continue;
-            }
+            let tied = linear.role == Role::Head && linear.id == model.embedding.id;
             let module = module(model, linear).unwrap_or_else(|| {
                 let name = format!("{}.{:?}", name(model, linear.role, linear.layer), linear.role);
                 Module { name, part: None }
             });
-            self.weight(linear, &module);
+            match tied {
+                true => self.sites.linears[linear.id].weight = self.sites.tables[model.embedding.id],
+                false => self.weight(linear, &module),
+            }
             if let Some(bias) = &linear.bias {
                 let part = module.part.map_or(String::new(), |part| format!(".{part:?}"));
                 let (name, values) = (format!("{}.bias{part}", module.name), &bias.values);
@@ -255,6 +255,9 @@ impl Builder<'_> {
         }
         for linear in model.linears() {
             let module = module(&model, linear).map_or(format!("{:?}", linear.role), |m| m.name);
+            if linear.own_bias.is_some() {
+                return Err(stop(format!("it brings its own bias for {module}, and biases are not trained")));
+            }
             let (lora, weight) = (self.sites.linears[linear.id].lora, self.sites.linears[linear.id].weight);
             match (lora, linear.adapters.first()) {
                 (None, None) => {}
