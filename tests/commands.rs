@@ -197,7 +197,17 @@ fn nothing_else_is_written_over() {
     assert_eq!(home.run(&["quantize", "tiny", "-o", &new, "--type", "Q8_0", "--report", &new]).code, Some(2));
     let outcome = home.feed(&["chat", "tiny", "--template", "chatml"], format!("/save {text}\n").as_bytes());
     let said = outcome.out + &outcome.err;
-    assert!(said.contains("is not a conversation, so it is not replaced"), "{said}");
+    assert!(said.contains("so it is not replaced"), "{said}");
+    // Somebody's example is a conversation too, but not this one.
+    let mine = home.write("mine.json", r#"{"messages": [{"role": "user", "content": "hi"}], "note": "precious"}"#);
+    let input = format!("/save {mine}\n");
+    let outcome = home.feed(&["chat", "tiny", "--template", "chatml"], input.as_bytes());
+    assert!((outcome.out + &outcome.err).contains("is not of this talk"));
+    assert!(std::fs::read_to_string(&mine).unwrap().contains("precious"));
+    let other = home.path("other.json");
+    let input = format!("/load {mine}\n/save {mine}\n/save {0}\n/save {0}\n", other.display());
+    let outcome = home.feed(&["chat", "tiny", "--template", "chatml"], input.as_bytes());
+    assert_eq!((outcome.code, outcome.err.matches("Saved to").count()), (Some(0), 3), "{}", outcome.err);
     assert!(std::fs::read(&model).unwrap() == before && std::fs::read(&text).unwrap() == text_before);
     assert!(!std::path::Path::new(&new).exists());
 }

@@ -96,6 +96,10 @@ fn a_long_talk_goes_on_without_its_oldest_turns() {
     let messages = talk.session.messages();
     assert_eq!((messages[0].role.as_str(), messages[1].role.as_str()), ("system", "user"));
     assert_eq!(messages[messages.len() - 2].content, "message number 11");
+    // Nothing that was said is lost.
+    let said = talk.session.transcript();
+    assert_eq!((said.len(), said[0].content.as_str()), (25, "Sys."));
+    assert!((0..12).all(|turn| said[1 + 2 * turn].content == format!("message number {turn}")));
     // What came after the dropped turns was moved, not read again.
     assert!(kept > 60, "{kept}");
 }

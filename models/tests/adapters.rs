@@ -395,3 +395,16 @@ fn a_bias_that_an_adapter_brings_is_used_and_taken_back() {
     let config: Json = serde_json::from_slice(&std::fs::read(dir.path().join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!(config["modules_to_save"], serde_json::json!(["model.layers.0.self_attn.q_proj"]));
 }
+
+#[test]
+fn experts_of_a_mixtral_in_gguf_have_their_own_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(source) = fixture("mixtral") else { return };
+    let model = Model::load(&gguf_of(&source, &dir.path().join("m.gguf"))).unwrap();
+    assert_eq!(model.family.name, "mixtral");
+    let trained = Trained::of(&model, 2, false, |role| role != Role::Head);
+    write_peft(dir.path(), &model, &description(2, false), &trained.pairs(), &[]).unwrap();
+    let mut base = Model::load(&Checkpoint::open(&source).unwrap()).unwrap();
+    attach(&mut base, &[(dir.path().to_owned(), 1.0)]).unwrap();
+    assert!(base.linears().filter(|l| l.role != Role::Head).all(|l| l.adapters.len() == 1));
+}

@@ -60,6 +60,16 @@ pub struct Sensitivity {
     pub importance: Option<Vec<f32>>,
 }
 
+/// The fewest bytes that the tensors of `plan` can take, of which `free` says which may get another format.
+pub fn least(plan: &Plan, free: &dyn Fn(&Planned) -> bool) -> u64 {
+    let each = plan.tensors.iter().map(|planned| {
+        let bytes = |f: Format| Some(f.row_bytes(planned.cols())? as u64 * planned.rows() as u64);
+        let choices = FORMATS.into_iter().filter_map(bytes);
+        choices.min().filter(|_| free(planned)).unwrap_or(planned.bytes().0)
+    });
+    each.sum()
+}
+
 /// Measures each tensor of `plan`, in its order. `free` says which may get another format than the plan has for it.
 /// `text` and its name take the place of the built-in one and of what the model writes. `progress` hears how many
 /// measurements are done and how many there are.

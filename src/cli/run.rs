@@ -55,7 +55,13 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     args.sampling.check()?;
     let text = match (&args.prompt, &args.file) {
         (Some(prompt), _) => prompt.clone(),
-        (None, Some(file)) => read_text(file)?,
+        (None, Some(file)) => {
+            // An editor's mark at the start and its line break at the end are not meant.
+            let text = read_text(file)?;
+            let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+            let text = text.strip_suffix('\n').unwrap_or(text);
+            text.strip_suffix('\r').unwrap_or(text).to_owned()
+        }
         (None, None) => String::new(),
     };
     ensure!(!text.trim().is_empty(), "the prompt is empty: there is nothing to answer");

@@ -54,7 +54,7 @@ impl Constraint {
         factory.quiet();
         let (what, grammar) = match rule {
             Rule::JsonSchema(schema) => ("JSON schema", TopLevelGrammar::from_json_schema(spaced(schema)?)),
-            Rule::Regex(regex) => ("regular expression", TopLevelGrammar::from_regex(regex)),
+            Rule::Regex(regex) => ("regular expression", TopLevelGrammar::from_regex(&plain_digits(regex))),
         };
         let mut matcher = Matcher::new(factory.create_parser(grammar));
         if let Some(error) = matcher.get_error() {
@@ -113,6 +113,37 @@ fn first_line(text: &str) -> String {
     }
     let reason = lines.clone().find_map(|l| l.strip_prefix("error: "));
     reason.or_else(|| lines.next()).unwrap_or("unknown error").chars().take(300).collect()
+}
+
+/// `regex` with `\d` for the ten digits that people mean, not for those of all scripts.
+fn plain_digits(regex: &str) -> String {
+    let (mut out, mut depth, mut first) = (String::with_capacity(regex.len()), 0usize, false);
+    let mut chars = regex.chars();
+    while let Some(c) = chars.next() {
+        let at_start = std::mem::take(&mut first);
+        match c {
+            '\\' => match (chars.next(), depth) {
+                (Some('d'), 0) => out.push_str("[0-9]"),
+                (Some('D'), 0) => out.push_str("[^0-9]"),
+                (Some('d'), _) => out.push_str("0-9"),
+                (other, _) => {
+                    out.push(c);
+                    out.extend(other);
+                }
+            },
+            _ => {
+                match c {
+                    '[' => (depth, first) = (depth + 1, true),
+                    // Right at the start it is one of the class's characters.
+                    ']' if depth > 0 && !at_start => depth -= 1,
+                    '^' if at_start => first = true,
+                    _ => {}
+                }
+                out.push(c);
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -186,6 +217,19 @@ mod tests {
             let Err(error) = constraint(rule.clone()) else { panic!("{rule:?} was taken") };
             let error = error.to_string();
             assert!(error.contains("cannot be used: ") && !error.contains('\n'), "{rule:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn digits_are_the_ten_of_them() {
+        for (regex, plain) in [
+            (r"\d{4}-\D", "[0-9]{4}-[^0-9]"),
+            (r"[\d.]+\\d", r"[0-9.]+\\d"),
+            (r"[^]\d]\d", "[^]0-9][0-9]"),
+            (r"[a[\d]]\d\[\d", r"[a[0-9]][0-9]\[[0-9]"),
+            ("é\\", "é\\"),
+        ] {
+            assert_eq!(plain_digits(regex), plain);
         }
     }
 }

@@ -95,13 +95,23 @@ pub struct Session {
     /// The tokens whose keys and values the slot holds.
     cache: Vec<u32>,
     messages: Vec<Message>,
+    /// What was said before, and no longer fits.
+    earlier: Vec<Message>,
     speculator: Option<Speculator>,
 }
 
 impl Session {
     /// An empty conversation in `slot`.
     pub fn new(tokenizer: Arc<Tokenizer>, template: Option<Arc<ChatTemplate>>, slot: usize) -> Session {
-        Session { tokenizer, template, slot, cache: Vec::new(), messages: Vec::new(), speculator: None }
+        Session {
+            tokenizer,
+            template,
+            slot,
+            cache: Vec::new(),
+            messages: Vec::new(),
+            earlier: Vec::new(),
+            speculator: None,
+        }
     }
 
     /// Has `speculator` guess ahead: the same answers, sooner where it guesses well.
@@ -112,6 +122,24 @@ impl Session {
     /// What was said; it may be changed at will between answers.
     pub fn messages(&mut self) -> &mut Vec<Message> {
         &mut self.messages
+    }
+
+    /// Begins anew with `messages`.
+    pub fn restart(&mut self, messages: Vec<Message>) {
+        self.earlier.clear();
+        self.messages = messages;
+    }
+
+    /// All that was said, with what no longer fits into the context.
+    pub fn transcript(&self) -> Vec<Message> {
+        let start = self.beginning();
+        let (system, rest) = self.messages.split_at(start);
+        [system, &self.earlier, rest].concat()
+    }
+
+    /// Where the talk begins, behind what the system says.
+    fn beginning(&self) -> usize {
+        self.messages.iter().position(|m| m.role != "system").unwrap_or(self.messages.len())
     }
 
     /// Tokens in the cache.
@@ -190,9 +218,9 @@ impl Session {
     /// number of messages.
     fn drop_oldest_turn(&mut self) -> usize {
         let is_user = |m: &Message| m.role == "user";
-        let start = self.messages.iter().position(|m| m.role != "system").unwrap_or(self.messages.len());
+        let start = self.beginning();
         let Some(next) = self.messages.iter().skip(start + 1).position(is_user) else { return 0 };
-        self.messages.drain(start..start + 1 + next);
+        self.earlier.extend(self.messages.drain(start..start + 1 + next));
         1 + next
     }
 

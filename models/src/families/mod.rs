@@ -545,7 +545,12 @@ pub fn recognise(checkpoint: &Checkpoint) -> Result<(&'static Family, ModelSpec)
                 });
                 unknown(checkpoint, name, &known)
             })?;
-            Ok((family, form.read(&Keys::new(checkpoint, metadata, name))?))
+            let spec = form.read(&Keys::new(checkpoint, metadata, name))?;
+            // Of families that share an architecture, one with experts is that which has names for them.
+            let names_experts = |f: &Family| f.name(Naming::HuggingFace, Role::ExpertGate(0), 0).is_some();
+            let mixture = spec.layers.iter().any(|l| l.experts.is_some()) && !names_experts(family);
+            let other = forms().find(|(f, g)| mixture && g.architecture == name && names_experts(f));
+            Ok((other.map_or(family, |(f, _)| f), spec))
         }
         Kind::HuggingFace { config, .. } => {
             let path = checkpoint.path().join("config.json");

@@ -79,7 +79,9 @@ pub fn command(talk: &mut Talk, line: &str) -> Result<Next> {
         "/system" => system(talk, rest)?,
         "/reset" => {
             none()?;
-            talk.session.messages().retain(|m| m.role == "system");
+            let system = talk.session.messages().iter().filter(|m| m.role == "system").cloned().collect();
+            talk.session.restart(system);
+            talk.last = None;
             talk.say("The conversation is forgotten.")?;
         }
         "/retry" => {
@@ -100,13 +102,15 @@ pub fn command(talk: &mut Talk, line: &str) -> Result<Next> {
         "/save" => {
             ensure!(!rest.is_empty(), "/save needs the name of a file");
             save(talk, Path::new(rest))?;
+            talk.remember(Path::new(rest));
             talk.say(&format!("Saved to {rest}."))?;
         }
         "/load" => {
             ensure!(!rest.is_empty(), "/load needs the name of a file");
             let messages = load(Path::new(rest))?;
             talk.say(&format!("{} messages loaded.", messages.len()))?;
-            *talk.session.messages() = messages;
+            talk.session.restart(messages);
+            talk.remember(Path::new(rest));
         }
         "/set" => set(talk, rest)?,
         "/adapter" => adapters(talk, rest)?,
@@ -126,17 +130,17 @@ fn system(talk: &mut Talk, text: &str) -> Result<()> {
         return talk.say(&now.unwrap_or_else(|| "There is no system prompt.".into()));
     }
     messages.retain(|m| m.role != "system");
+    if ["\"\"", "''", "off"].contains(&text) {
+        return talk.say("There is no system prompt now.");
+    }
     messages.insert(0, Message::new("system", text));
     talk.say("The system prompt is set.")
 }
 
 fn save(talk: &mut Talk, path: &Path) -> Result<()> {
-    replace::check(path, "a conversation", |path| {
-        replace::begins(path, b"{")
-            && std::fs::metadata(path).is_ok_and(|file| file.len() < 1 << 28)
-            && load(path).is_ok()
-    })?;
-    let saved = Saved { model: talk.name.clone(), messages: talk.session.messages().clone() };
+    // Another talk's file is not this one's to write over, nor is what somebody else calls messages.
+    replace::check(path, "of this talk (saved or loaded in it)", |path| talk.remembers(path))?;
+    let saved = Saved { model: talk.name.clone(), messages: talk.session.transcript() };
     let mut file = AtomicFile::create(path)?;
     serde_json::to_writer_pretty(&mut file, &saved).with_context(|| path.display().to_string())?;
     file.write_all(b"\n").with_context(|| path.display().to_string())?;
@@ -192,6 +196,7 @@ fn set(talk: &mut Talk, rest: &str) -> Result<()> {
             .with_context(|| format!("'{number}' is not a number"))?,
     };
     if name == "max_tokens" {
+        ensure!(value != 0, "max_tokens must be above 0, or - for no limit");
         talk.ask.max_tokens = serde_json::from_value(value).context("max_tokens must be a whole number, or -")?;
         return Ok(());
     }

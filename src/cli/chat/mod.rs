@@ -15,7 +15,7 @@ use anyhow::Result;
 use commands::{COMMANDS, Next, command};
 use input::{Input, Line};
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -53,6 +53,8 @@ struct Talk {
     ask: Ask,
     adapters: Vec<(PathBuf, f32)>,
     last: Option<Reply>,
+    /// Files that this talk was saved to or loaded from.
+    files: Vec<PathBuf>,
     interrupt: Arc<AtomicBool>,
     /// An answer is being made.
     busy: Arc<AtomicBool>,
@@ -90,6 +92,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         ask,
         adapters: args.model.adapters.clone(),
         last: None,
+        files: Vec::new(),
         interrupt: if typed { interrupt::flag_while(busy.clone()) } else { interrupt::flag(true) },
         busy,
         terminal,
@@ -109,6 +112,15 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
 }
 
 impl Talk {
+    /// The file `path` is this talk's.
+    fn remember(&mut self, path: &Path) {
+        self.files.extend(std::fs::canonicalize(path));
+    }
+
+    fn remembers(&self, path: &Path) -> bool {
+        std::fs::canonicalize(path).is_ok_and(|path| self.files.contains(&path))
+    }
+
     /// Reads and answers until the end.
     fn hold(&mut self, input: &mut Input) -> Result<()> {
         loop {

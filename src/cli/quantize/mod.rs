@@ -20,7 +20,7 @@ use crate::quantize::scratch::{Fingerprint, Scratch};
 use crate::quantize::types::{Keep, Target, Wishes, parse_format};
 use crate::quantize::write::{Options, Stopped, write};
 use crate::store::Store;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::checkpoint::imatrix::Imatrix;
 use rushlight_models::tokenizer::Tokenizer;
@@ -338,8 +338,9 @@ fn fitted(
     parameters: u64,
     stop: &AtomicBool,
 ) -> Result<()> {
+    let plan_overhead = plan.overhead();
     let budget = match (args.size, args.bpw) {
-        (Some(size), _) => size.saturating_sub(plan.overhead()),
+        (Some(size), _) => size.saturating_sub(plan_overhead),
         (None, bits) => (bits.unwrap_or(16.0) * parameters as f64 / 8.0) as u64,
     };
     let own = |t: &Planned| match t.source.name.as_str() {
@@ -352,6 +353,21 @@ fn fitted(
     let text = args.calib.as_deref().map(|path| Ok::<_, anyhow::Error>((read_text(path)?, path))).transpose()?;
     let text = text.as_ref().map(|(text, path)| (text.as_str(), path.display().to_string()));
     let text = text.as_ref().map(|(text, name)| (*text, name.as_str()));
+    let free_choice = args.keep.is_empty() && args.output_type.is_none() && args.token_embedding_type.is_none();
+    let with = if free_choice { "" } else { " with what --keep and its like ask for" };
+    let too_small = |least: u64| match args.size {
+        Some(wanted) => {
+            let least = least + plan_overhead;
+            anyhow!("--size {}: it does not fit, {} is the smallest possible{with}", size(wanted), size(least))
+        }
+        None => {
+            let least = least as f64 * 8.0 / parameters as f64;
+            anyhow!("--bpw: it does not fit, {least:.2} is the smallest possible{with}")
+        }
+    };
+    // Known before anything is measured, which takes long.
+    let least = sensitivity::least(plan, &free);
+    ensure!(least <= budget, too_small(least));
     let mut bar = None;
     let threads = args.threads.map(NonZeroUsize::get);
     let measured = sensitivity::measure(
@@ -369,18 +385,7 @@ fn fitted(
     )?;
     drop(bar);
     let choices: Vec<_> = measured.iter().map(|m| m.choices.clone()).collect();
-    let free_choice = args.keep.is_empty() && args.output_type.is_none() && args.token_embedding_type.is_none();
-    let with = if free_choice { "" } else { " with what --keep and its like ask for" };
-    let loss = fit(plan, &choices, budget).map_err(|least| match args.size {
-        Some(wanted) => {
-            let least = least + plan.overhead();
-            anyhow!("--size {}: it does not fit, {} is the smallest possible{with}", size(wanted), size(least))
-        }
-        None => {
-            let least = least as f64 * 8.0 / parameters as f64;
-            anyhow!("--bpw: it does not fit, {least:.2} is the smallest possible{with}")
-        }
-    })?;
+    let loss = fit(plan, &choices, budget).map_err(too_small)?;
     if args.imatrix.is_none() {
         for (tensor, measured) in plan.tensors.iter_mut().zip(measured) {
             tensor.importance = measured.importance.filter(|i| i.len() == tensor.cols() && !tensor.format.is_float());

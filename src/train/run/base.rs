@@ -26,6 +26,12 @@ impl Base {
             return Ok(weights);
         }
         let names: Vec<Option<String>> = model.linears().map(|l| module(model, l).map(|m| m.name)).collect();
+        let coarse = model.linears().find(|l| ordinary(l.role) && !l.weight.format().is_float());
+        if let Some(format) = coarse.map(|l| l.weight.format()).filter(|f| *f != Format::NF4) {
+            tracing::warn!(
+                "--base nf4 rounds weights once more that are {format} already: leave it out where memory allows"
+            );
+        }
         let (mut bytes, mut none) = (weights, true);
         for (linear, name) in model.linears_mut().zip(names) {
             if !ordinary(linear.role) || linear.weight.format() == Format::NF4 {

@@ -118,8 +118,16 @@ impl Plan {
 
     fn refuse(model: &Model, method: &Method, wish: &Wish) -> Result<Plan> {
         let layers = model.layers.len();
-        let smallest = Plan::of(model, method, wish, wish.longest.max(1), layers)?;
-        let mut advice = vec![format!("--memory {}", size(smallest.total() + smallest.total() / 50).replace(' ', ""))];
+        let smallest = Plan::of(model, method, wish, wish.rows.unwrap_or(wish.longest.max(1)), layers)?;
+        let needed = size(smallest.total() + smallest.total() / 50);
+        let mut advice = vec![format!("--memory {}", needed.replace(' ', ""))];
+        if let Some(rows) = wish.rows {
+            bail!(
+                "this run has begun with {rows} tokens at a time, and needs {needed}, but {} may be used: {} allows it",
+                size(wish.limit),
+                advice[0]
+            );
+        }
         let shorter = (0..).map(|i| wish.longest >> i).take_while(|&n| n >= 64).skip(1);
         for rows in shorter {
             if Plan::of(model, method, wish, rows, layers)?.total() <= wish.limit {
@@ -137,8 +145,7 @@ impl Plan {
             advice.push("--method lora".into());
         }
         bail!(
-            "training needs {} with sequences of {} tokens, but {} may be used: {}{}",
-            size(smallest.total()),
+            "training needs {needed} with sequences of {} tokens, but {} may be used: {}{}",
             wish.longest,
             size(wish.limit),
             advice.join(", or "),
