@@ -42,8 +42,9 @@ impl AtomicFile {
     fn try_commit(&mut self) -> io::Result<()> {
         if let Some(mut out) = self.out.take() {
             let whole = out.flush().and_then(|()| out.get_ref().sync_all());
-            // Taken apart rather than dropped: dropping would try once more to write what could not be written.
-            drop(out.into_parts());
+            // Taken apart rather than dropped: dropping would try once more to write what could not be written. The file, and
+            // with it the lock, is held until it has its name.
+            let (_file, _) = out.into_parts();
             whole.and_then(|()| std::fs::rename(&self.partial, &self.target)).inspect_err(|_| {
                 let _ = std::fs::remove_file(&self.partial);
             })?;
@@ -102,14 +103,14 @@ fn sweep(target: &Path) {
         if whole_name(&name).is_none_or(|whole| Path::new(whole).extension() != target.extension()) {
             continue;
         }
-        let path = entry.path();
-        let free = |file: io::Result<File>| file.is_ok_and(|file| file.try_lock().is_ok());
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            if free(File::open(&path)) {
-                let _ = std::fs::remove_dir_all(path);
-            }
-        } else if free(OpenOptions::new().write(true).open(&path)) {
-            let _ = std::fs::remove_file(path);
+        let (path, folder) = (entry.path(), entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let file = if folder { File::open(&path) } else { OpenOptions::new().write(true).open(&path) };
+        // Locked until it is gone: one who has just made it, and locks it only now, makes another.
+        if let Ok(file) = file
+            && file.try_lock().is_ok()
+        {
+            let _ = if folder { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            drop(file);
         }
     }
 }
@@ -146,5 +147,24 @@ mod tests {
         let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, [".m.gguf.x.partial", ".m.txt.1-0.partial", "m.gguf"]);
+    }
+
+    #[test]
+    fn writers_in_one_folder_leave_each_other_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    for i in 0..200 {
+                        let target = dir.join(format!("{writer}-{i}.gguf"));
+                        let mut file = AtomicFile::create(&target).unwrap();
+                        file.write_all(b"whole").unwrap();
+                        file.commit().unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 800);
     }
 }
