@@ -12,7 +12,7 @@ pub type Arguments = BTreeMap<String, String>;
 
 const NAME: &str = "run.json";
 
-/// The folder of a run, held by this process alone.
+/// The folder of a run, held by this process alone. Where nothing has come of the run, it is left as it was found.
 #[derive(Debug)]
 pub struct Folder {
     dir: PathBuf,
@@ -20,6 +20,8 @@ pub struct Folder {
     known: Option<Arguments>,
     /// What the run is asked now, where it agrees.
     asked: Option<Arguments>,
+    /// It was not there before.
+    made: bool,
     /// Locked while this lives.
     _lock: File,
 }
@@ -32,6 +34,7 @@ impl Folder {
     pub fn open(dir: &Path) -> Result<Folder> {
         let said = || dir.display().to_string();
         ensure!(!dir.exists() || dir.is_dir(), "{} is a file: name a folder with -o", dir.display());
+        let made = !dir.exists();
         std::fs::create_dir_all(dir).with_context(said)?;
         let file = dir.join(NAME);
         let known = match std::fs::read(&file) {
@@ -55,7 +58,7 @@ impl Folder {
         if let Err(std::fs::TryLockError::WouldBlock) = lock.try_lock() {
             bail!("another run is at work in {}: wait for it, or name another folder with -o", dir.display());
         }
-        Ok(Folder { dir: dir.to_owned(), known, asked: None, _lock: lock })
+        Ok(Folder { dir: dir.to_owned(), known, asked: None, made, _lock: lock })
     }
 
     /// What the argument `name` of the run that is there was.
@@ -117,6 +120,21 @@ impl Folder {
     }
 }
 
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let own = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.is_ok_and(|entry| ["lock", NAME].iter().any(|name| entry.file_name() == *name))
+        };
+        if self.known.is_none() && std::fs::read_dir(&self.dir).is_ok_and(|mut entries| entries.all(own)) {
+            let _ = std::fs::remove_file(self.path(NAME));
+            let _ = std::fs::remove_file(self.path("lock"));
+            if self.made {
+                let _ = std::fs::remove_dir(&self.dir);
+            }
+        }
+    }
+}
+
 /// Bytes of each end of a tensor that [`base_hash`] reads.
 const SAMPLE: usize = 4096;
 
@@ -174,6 +192,15 @@ mod tests {
         let mut folder = Folder::open(&out).unwrap();
         folder.agree(&arguments("0.1"), false, false).unwrap();
         assert!(Folder::open(&out).unwrap_err().to_string().contains("another run is at work"));
+        // Nothing has come of it: it leaves nothing, and of what was there nothing goes.
+        drop(folder);
+        assert!(!out.exists());
+        std::fs::create_dir(&out).unwrap();
+        Folder::open(&out).unwrap().agree(&arguments("0.1"), false, false).unwrap();
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0);
+        let mut folder = Folder::open(&out).unwrap();
+        folder.agree(&arguments("0.1"), false, false).unwrap();
+        std::fs::write(out.join("metrics.jsonl"), "").unwrap();
         drop(folder);
         let mut folder = Folder::open(&out).unwrap();
         folder.agree(&arguments("0.1"), true, false).unwrap();
