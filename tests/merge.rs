@@ -134,8 +134,11 @@ fn make_adapter(source: &Path, dir: &Path, seed: u64, kinds: Kinds) {
     for (i, (module, rows, cols)) in modules.into_iter().enumerate() {
         if kinds == Kinds::Whole {
             if i + 2 >= count {
-                // As large as the original, in the directory's order of dimensions or the other.
-                add(format!("{module}.weight"), &[rows, cols], random.bytes(rows * cols, 0.1));
+                // As the directory has it.
+                let role = family.role(Naming::HuggingFace, &module).unwrap().0;
+                let turned = family.is_transposed(Naming::HuggingFace, role);
+                let shape = if turned { [cols, rows] } else { [rows, cols] };
+                add(format!("{module}.weight"), &shape, random.bytes(rows * cols, 0.1));
             }
             continue;
         }

@@ -46,7 +46,7 @@ fn nothing_begins_with_tokens_that_have_no_embedding() {
         &["train", &bad, "--data", &data, "-o", &out, "--max-steps", "1"],
         &["quantize", &bad, "-o", &out, "--type", "Q4_0", "--method", "gptq"],
         &["quantize", &bad, "-o", &out, "--type", "int4"],
-        &["quantize", &bad, "-o", &out, "--bpw", "5"],
+        &["quantize", &bad, "-o", &out, "--bpw", "7"],
     ] {
         let (status, error) = run(args);
         assert_eq!(status, Some(1), "{args:?}: {error}");
