@@ -48,6 +48,13 @@ const QUESTION: &[&str] = &[
     "用户",
     "指令",
     "输入",
+    "frage",
+    "pregunta",
+    "pergunta",
+    "domanda",
+    "вопрос",
+    "質問",
+    "질문",
 ];
 /// Names of the column that holds what is answered, most telling first.
 const ANSWER: &[&str] = &[
@@ -67,6 +74,14 @@ const ANSWER: &[&str] = &[
     "回复",
     "答",
     "输出",
+    "antwort",
+    "respuesta",
+    "réponse",
+    "resposta",
+    "risposta",
+    "ответ",
+    "答え",
+    "답변",
 ];
 /// Names of the column that holds the class of a text.
 const CLASS: &[&str] = &["label", "labels", "class", "category", "sentiment", "intent", "类别", "标签"];

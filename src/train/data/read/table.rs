@@ -9,9 +9,18 @@ use std::rc::Rc;
 /// A table whose first row names the columns. Where the `delimiter` is not known it is the one that the first row has
 /// most of. Fields of tab-separated tables are taken as they stand; others may be quoted.
 pub fn read(mut reader: impl BufRead, delimiter: Option<u8>, each: Each) -> Result<()> {
-    let delimiter = match delimiter {
-        Some(delimiter) => delimiter,
-        None => guess(reader.fill_buf()?),
+    // Excel may say so in a line of its own, `sep=;`.
+    let said = reader.fill_buf()?.strip_prefix(b"sep=").and_then(|rest| {
+        let end = if rest.get(1) == Some(&b'\r') { b"\r\n".as_slice() } else { b"\n" };
+        rest.get(1..)?.starts_with(end).then_some((rest[0], 5 + end.len()))
+    });
+    let (delimiter, above) = match (delimiter, said) {
+        (None, Some((delimiter, bytes))) => {
+            reader.consume(bytes);
+            (delimiter, 1)
+        }
+        (Some(delimiter), _) => (delimiter, 0),
+        (None, None) => (guess(reader.fill_buf()?), 0),
     };
     let left = Rc::new(Cell::new(LONGEST));
     let end = Rc::new(Cell::new(None));
@@ -34,7 +43,7 @@ pub fn read(mut reader: impl BufRead, delimiter: Option<u8>, each: Each) -> Resu
         }
         // The record's own position may lie before empty lines. Behind it, its line breaks and its end are counted.
         let below = row.as_slice().iter().filter(|b| **b == b'\n').count() as u64;
-        let line = table.position().line().saturating_sub(1 + below);
+        let line = (above + table.position().line()).saturating_sub(1 + below);
         // What ends with the file's own line break, and without a quote before it, was never closed.
         if row.as_slice().ends_with(b"\n") && end.get().is_some_and(|byte| byte != b'"') {
             each(line + 1, Err(format!("a quote that opens here is never closed: it takes all of {below} lines")))?;

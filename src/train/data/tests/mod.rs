@@ -130,7 +130,9 @@ fn layouts_are_told_by_their_columns() {
             r#"{"prompt":[{"role":"user","content":"hi"}],"completion":[{"role":"assistant","content":"yes"}]}"#.into(),
         ),
         ("a.csv", "\u{feff}Question ; Source; Answer\nhi;book;yes\n".into()),
-        ("a.csv", "Frage,Answer\n\"hi\",\"yes\"\n".into()),
+        ("a.csv", "Frage,Quelle,Antwort\nhi,Buch,yes\n".into()),
+        ("a.csv", "sep=;\r\nquestion;a,b,c,d;answer\r\nhi;x;yes\r\n".into()),
+        ("a.csv", "Vorne,Answer\n\"hi\",\"yes\"\n".into()),
         ("a.csv", "问题,答案\nhi,yes\n".into()),
         ("a.tsv", "sentence\tlabel\nhi\tyes\n".into()),
         ("a.csv", "text,label\nhi,yes\n".into()),
@@ -167,15 +169,15 @@ fn layouts_are_told_by_their_columns() {
 #[test]
 fn named_columns_and_inputs_are_learned_where_asked() {
     let mut room = Room::new();
-    let table = "Frage,Antwort,x\nhi,yes,1\n";
+    let table = "Front,Back,x\nhi,yes,1\n";
     let e = room.refusal("a.csv", table);
-    assert!(e.contains("a.csv") && e.contains("frage, antwort, x") && e.contains("--columns"), "{e}");
-    room.settings.columns = Some(("Frage".into(), "Antwort".into()));
+    assert!(e.contains("a.csv") && e.contains("front, back, x") && e.contains("--columns"), "{e}");
+    room.settings.columns = Some(("Front".into(), "Back".into()));
     assert_eq!(room.shown(&room.load("a.csv", table).unwrap()), [ONE]);
     room.settings.train_on_inputs = true;
     let all = room.shown(&room.load("a.csv", table).unwrap()).remove(0);
     assert!(all.starts_with("<s>⟦<|im_start|>user") && all.ends_with("\n⟧"), "{all}");
-    room.settings.columns = Some(("Frage".into(), "nothing".into()));
+    room.settings.columns = Some(("Front".into(), "nothing".into()));
     assert!(room.refusal("a.csv", table).contains("there is no column nothing"));
 }
 
