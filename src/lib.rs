@@ -10,5 +10,6 @@ pub mod merge;
 #[cfg(feature = "hub")]
 pub mod pull;
 pub mod quantize;
+mod replace;
 pub mod store;
 pub mod train;

@@ -1,10 +1,11 @@
 //! `rushlight eval`: how many multiple-choice questions a model answers rightly.
 
-use super::{Global, Interrupted, ModelOptions, Progress, Usage, interrupt, print_json, replace};
+use super::{Global, Interrupted, ModelOptions, Progress, Usage, interrupt, print_json};
 use crate::engine::Engine;
 use crate::eval::find::{Split, Wanted, subjects};
 use crate::eval::result::{Answer, Score};
 use crate::eval::score::{Scorer, TOGETHER, encode, fit, longest};
+use crate::replace;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::{AtomicFile, Checkpoint};

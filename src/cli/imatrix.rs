@@ -1,11 +1,12 @@
 //! `rushlight imatrix`: how strongly each column of a model's matrices is used.
 
 use super::options::read_text;
-use super::{Global, ModelOptions, Progress, replace};
+use super::{Global, ModelOptions, Progress};
 use crate::calibrate::compare::Chunks;
 use crate::calibrate::imatrix::{collect, gguf_name};
 use crate::calibrate::text::BUILT_IN;
 use crate::engine::loaded::Loaded;
+use crate::replace;
 use anyhow::{Context, Result};
 use rushlight_models::checkpoint::imatrix::{Entry, Imatrix};
 use std::io::Write;

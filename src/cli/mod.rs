@@ -16,7 +16,6 @@ mod progress;
 #[cfg(feature = "hub")]
 mod pull;
 mod quantize;
-mod replace;
 mod run;
 mod tokenize;
 mod train;
@@ -180,6 +179,12 @@ pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
+/// `word` as a shell takes it for one word.
+pub fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+=:,@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
 /// A number of bytes as people say it.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
@@ -215,6 +220,11 @@ mod tests {
         assert!(one_line(&e).ends_with("write elsewhere"));
         let e = Err::<(), _>(full()).context("make room").unwrap_err();
         assert!(!one_line(&e).contains("free some"));
+    }
+
+    #[test]
+    fn words_for_a_shell() {
+        assert_eq!(["a/b-1.gguf", "my model", "it's", ""].map(shell), ["a/b-1.gguf", "'my model'", r"'it'\''s'", "''"]);
     }
 
     #[test]

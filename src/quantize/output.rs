@@ -1,10 +1,10 @@
 //! Where a file goes, and whether it may.
 
 use super::name::Naming;
+use crate::replace;
 use crate::store::Store;
 use anyhow::{Context, Result, bail};
 use rushlight_models::checkpoint::{Checkpoint, Kind};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// The file that `asked` (the -o option) means for the model `model`, opened from `source`: the file itself; in a folder
@@ -38,9 +38,7 @@ pub fn check(output: &Path, checkpoint: &Checkpoint) -> Result<()> {
     if output.is_dir() {
         bail!("{} is a directory: end it with / to have a file named in it", output.display());
     }
-    if let Some(dir) = output.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
-        bail!("there is no directory {}: make it first", dir.display());
-    }
+    replace::check(output, "a GGUF file", |path| replace::begins(path, b"GGUF"))?;
     // To write it would begin with a new file, so what is not there can be nothing else.
     let Ok(there) = std::fs::canonicalize(output) else { return Ok(()) };
     let source = checkpoint.path();
@@ -53,14 +51,6 @@ pub fn check(output: &Path, checkpoint: &Checkpoint) -> Result<()> {
     };
     if part {
         bail!("{} is what is read: write to another file", output.display());
-    }
-    let mut start = [0; 4];
-    let gguf = match std::fs::File::open(&there).and_then(|mut file| file.read(&mut start)) {
-        Ok(read) => &start[..read] == b"GGUF",
-        Err(e) => return Err(e).with_context(|| output.display().to_string()),
-    };
-    if !gguf || !there.is_file() {
-        bail!("{} exists and is not a GGUF file, so it is not replaced: write to another file", output.display());
     }
     Ok(())
 }

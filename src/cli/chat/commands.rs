@@ -1,12 +1,12 @@
 //! What begins with a slash.
 
-use super::super::replace;
 use super::Talk;
 use crate::cli::options::adapter;
 use crate::cli::run::guesses;
 use crate::cli::size;
 use crate::engine::session::Message;
 use crate::engine::settings::Sampling;
+use crate::replace;
 use anyhow::{Context, Result, bail, ensure};
 use rushlight_models::checkpoint::AtomicFile;
 use serde::{Deserialize, Serialize};

@@ -5,7 +5,7 @@ mod summary;
 
 use self::summary::{Summary, print, summarize};
 use super::options::read_text;
-use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, replace, size};
+use super::{Global, Interrupted, Progress, Usage, interrupt, print_json, size};
 use crate::calibrate::compare::{Chunks, compare};
 use crate::calibrate::{gptq, sensitivity, text};
 use crate::engine::{Engine, model};
@@ -19,6 +19,7 @@ use crate::quantize::report::{self, Compared, Report};
 use crate::quantize::scratch::{Fingerprint, Scratch};
 use crate::quantize::types::{Keep, Target, Wishes, parse_format};
 use crate::quantize::write::{Options, Stopped, write};
+use crate::replace;
 use crate::store::Store;
 use anyhow::{Context, Result, anyhow, ensure};
 use rushlight_models::checkpoint::Checkpoint;

@@ -5,7 +5,7 @@ mod options;
 pub use options::Args;
 
 use super::progress::Progress as Bar;
-use super::{Global, Interrupted, Usage, interrupt, print_json};
+use super::{Global, Interrupted, Usage, interrupt, print_json, shell};
 use crate::train::batch::Example;
 use crate::train::data::{micro_batches, show};
 use crate::train::run::checkpoint::{Checkpoints, Progress};
@@ -183,10 +183,10 @@ fn tell_end(args: &Args, end: &End, pupil: &Pupil, folder: &Folder) -> Result<()
     }
     writeln!(out, "{}", result.display())?;
     let way = match args.method.method {
-        Kind::Full => format!("rushlight chat {}", result.display()),
-        _ => format!("rushlight chat {} --adapter {}", args.model, result.display()),
+        Kind::Full => format!("rushlight chat {}", shell(&result.to_string_lossy())),
+        _ => format!("rushlight chat {} --adapter {}", shell(&args.model), shell(&result.to_string_lossy())),
     };
-    let template = args.template().map_or(String::new(), |template| format!(" --template {template}"));
+    let template = args.template().map_or(String::new(), |template| format!(" --template {}", shell(template)));
     Ok(writeln!(out, "talk with it: {way}{template}")?)
 }
 

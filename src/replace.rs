@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
 /// Fails where writing `path` would destroy something, or could not be done; `what` a file is that `same` says may go.
-pub(super) fn check(path: &Path, what: &str, same: impl FnOnce(&Path) -> bool) -> Result<()> {
+pub fn check(path: &Path, what: &str, same: impl FnOnce(&Path) -> bool) -> Result<()> {
     if path.is_dir() {
         bail!("{} is a directory: name a file", path.display());
     }
@@ -22,13 +22,13 @@ pub(super) fn check(path: &Path, what: &str, same: impl FnOnce(&Path) -> bool) -
 }
 
 /// Whether a file begins with `start`.
-pub(super) fn begins(path: &Path, start: &[u8]) -> bool {
+pub fn begins(path: &Path, start: &[u8]) -> bool {
     let mut found = vec![0; start.len()];
     File::open(path).and_then(|mut file| file.read_exact(&mut found)).is_ok() && found == start
 }
 
 /// Whether the first line of a file is a JSON object with these `keys`.
-pub(super) fn is_json_lines(path: &Path, keys: &[&str]) -> bool {
+pub fn is_json_lines(path: &Path, keys: &[&str]) -> bool {
     // Lines of results are short; of another file's not all need be read.
     let mut line = Vec::new();
     let read = File::open(path).and_then(|file| BufReader::new(file.take(1 << 20)).read_until(b'\n', &mut line));
