@@ -124,6 +124,33 @@ fn scores_are_those_of_a_plain_pass_over_each_choice() {
     check(&answers[2], "Question: Who runs?\nAnswer:", &["the sun", "a dog"]);
     assert_eq!([0, 1, 2].map(|i| answers[i]["answer"].as_u64().unwrap()), [0, 1, 1]);
     assert_eq!([0, 1].map(|i| summary["subjects"][i]["subject"].as_str().unwrap()), ["x_y", "own"]);
+    // The same in one list, and the hub's Parquet.
+    let list: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let listed = write("own.json", &json!({"data": list}).to_string());
+    let (_, again) = eval(&[model, "--task", &listed, "--text"], &lines);
+    assert_eq!(again[2]["log_likelihoods"], answers[2]["log_likelihoods"]);
+    assert!(again[2]["place"].as_str().unwrap().ends_with("own.json, record 2"), "{}", again[2]["place"]);
+    #[cfg(feature = "parquet")]
+    {
+        let exam = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/data/exam.parquet")).unwrap();
+        let hub = place.path().join("hub/lights");
+        std::fs::create_dir_all(&hub).unwrap();
+        std::fs::write(hub.join("test-00000-of-00001.parquet"), &exam).unwrap();
+        write("hub/lights/dev.jsonl", r#"{"question": "Q", "choices": ["a", "b"], "answer": 1, "subject": "lights"}"#);
+        let (summary, answers) = eval(&[model, "--task", hub.to_str().unwrap(), "--shots", "1"], &lines);
+        check(
+            &answers[1],
+            "The following are multiple choice questions (with answers) about lights.\n\nQ\nA. a\nB. b\nAnswer: B\n\n\
+             How many rushes make a bundle of a dozen?\nA. two\nB. ten\nC. twelve\nD. twenty\nAnswer:",
+            &letters,
+        );
+        assert_eq!((&summary["questions"], &answers[1]["answer"]), (&json!(3), &json!(2)));
+        let half = hub.join("half-00000-of-00002.parquet");
+        std::fs::write(&half, &exam).unwrap();
+        let run =
+            Command::new(env!("CARGO_BIN_EXE_rushlight")).args(["eval", model, "--task"]).arg(&half).output().unwrap();
+        assert!(String::from_utf8_lossy(&run.stderr).contains("one of 2 files of one set"));
+    }
     let (_, answers) = eval(&[model, "--task", &file, "--limit", "1"], &lines);
     check(
         &answers[0],
@@ -201,7 +228,7 @@ fn wrong_files_are_named_with_their_lines() {
             "{\"endings\": [\"a\", \"b\"], \"label\": 0}",
             "i.jsonl, line 1: there is no text 'activity_label'",
         ),
-        ("j.txt", &long[..], "j.txt: questions are read from .csv and .jsonl"),
+        ("j.txt", &long[..], "j.txt: questions are read from .csv, .jsonl, .json and .parquet"),
     ] {
         std::fs::write(path(name), text).unwrap();
         let (status, _, err) = rushlight(&["eval", model, "--task", &path(name)]);

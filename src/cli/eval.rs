@@ -20,8 +20,8 @@ use std::time::Instant;
 /// Measure how many multiple-choice questions a model answers rightly
 ///
 /// The choice counts that the model finds likeliest behind the question, as EleutherAI's lm-evaluation-harness scores it,
-/// in the words of its tasks. Read are the published files of MMLU, C-Eval and CMMLU (CSV) and HellaSwag (JSON lines), and
-/// JSON lines of {"question": "..", "choices": ["..", ".."], "answer": 0, "subject": ".."}, where the answer is a number
+/// in the words of its tasks. Read are the published files of MMLU, C-Eval and CMMLU (CSV or the hub's Parquet) and HellaSwag
+/// (JSON lines or Parquet), and JSON or JSON lines of {"question": "..", "choices": ["..", ".."], "answer": 0, "subject": ".."}, where the answer is a number
 /// from 0, a letter or the text of a choice.
 #[derive(Debug, clap::Args)]
 pub struct Args {

@@ -1,7 +1,7 @@
 //! From what a person names to the questions of each subject.
 
 use super::prompt::Words;
-use super::read::{File, has_answers, is_data, read};
+use super::read::{File, has_answers, is_data, read, shard};
 use super::{Item, Subject};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -50,8 +50,14 @@ pub struct Wanted {
 /// The subject that a file's name tells, and the part.
 fn parts(path: &Path) -> (String, Option<Split>) {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    // As the hub's files are called: SUBJECT/test-00000-of-00001.parquet.
+    let stem = shard(&stem).map_or(stem.as_str(), |(name, ..)| name).to_owned();
+    let above = path.parent().and_then(Path::file_name);
+    if let (Some(split), Some(subject)) = (Split::parse(&stem), above) {
+        return (subject.to_string_lossy().into_owned(), Some(split));
+    }
     let cut = stem.rfind(['_', '.', '-']).and_then(|at| Some((stem[..at].to_owned(), Split::parse(&stem[at + 1..])?)));
-    let folder = path.parent().and_then(Path::file_name).and_then(|name| Split::parse(&name.to_string_lossy()));
+    let folder = above.and_then(|name| Split::parse(&name.to_string_lossy()));
     match cut {
         Some((subject, split)) => (subject, Some(split)),
         None => (stem, folder),
@@ -96,7 +102,7 @@ pub fn subjects(task: &Path, wanted: &Wanted) -> Result<Vec<Subject>> {
             let (subject, split) = parts(&path);
             by_subject.entry(subject).or_default().push((split, path));
         }
-        ensure!(!by_subject.is_empty(), "{}: there are no .csv or .jsonl files in it", task.display());
+        ensure!(!by_subject.is_empty(), "{}: there are no .csv, .jsonl or .parquet files in it", task.display());
         for (name, mut files) in by_subject {
             files.sort();
             let of = |split| files.iter().find(|(s, _)| *s == split).map(|(_, path)| path);

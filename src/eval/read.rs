@@ -1,8 +1,9 @@
-//! Files of questions: the CSV layouts of MMLU, C-Eval and CMMLU, HellaSwag's JSON lines, and JSON lines of question,
-//! choices and answer.
+//! Files of questions: the CSV layouts of MMLU, C-Eval and CMMLU, and HellaSwag's records or those of question, choices and
+//! answer as JSON lines, JSON or Parquet.
 
 use super::Item;
 use super::prompt::{Words, scene};
+use crate::train::data::read::{self as data, Record};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -21,13 +22,30 @@ pub struct File {
 
 /// Whether `path` has a kind of name that holds questions.
 pub fn is_data(path: &Path) -> bool {
-    path.extension().is_some_and(|ext| ext == "csv" || ext == "jsonl")
+    path.extension().is_some_and(|ext| ["csv", "jsonl", "parquet"].iter().any(|known| ext == *known))
+}
+
+/// The place and the number of a file that is one of several (`test-00000-of-00002`) in its name without extension, and
+/// what stands before them.
+pub fn shard(stem: &str) -> Option<(&str, u32, u32)> {
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (name, place) = rest.rsplit_once('-')?;
+    let number = |digits: &str| digits.parse().ok().filter(|_| digits.len() == 5);
+    Some((name, number(place)?, number(count)?))
 }
 
 /// Reads the questions of `path`; those of JSON lines are asked with the `texts` of their choices instead of letters.
 pub fn read(path: &Path, texts: bool) -> Result<File> {
     let name = path.display().to_string();
-    ensure!(is_data(path), "{name}: questions are read from .csv and .jsonl files");
+    let kind = path.extension().unwrap_or_default();
+    ensure!(is_data(path) || kind == "json", "{name}: questions are read from .csv, .jsonl, .json and .parquet files");
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    if let Some((_, _, count)) = shard(&stem).filter(|(_, _, count)| *count > 1) {
+        bail!("{name}: this is one of {count} files of one set: put them together into one");
+    }
+    if kind == "json" || kind == "parquet" {
+        return records(path, &name, texts);
+    }
     let bytes = std::fs::read(path).with_context(|| name.clone())?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
@@ -65,7 +83,7 @@ fn csv(text: &str, name: &str) -> Result<File> {
             anyhow!("{name}, line {line}: not CSV: {e}")
         })?;
         // A record's position lies before what ends the one above, and before empty lines.
-        let from = record.position().map_or(0, |p| p.byte() as usize).min(text.len());
+        let from = record.position().map_or(counted, |p| p.byte() as usize).clamp(counted, text.len());
         let empty = text.as_bytes()[from..].iter().take_while(|b| matches!(b, b'\r' | b'\n')).count();
         line += text.as_bytes()[counted..from + empty].iter().filter(|b| **b == b'\n').count();
         counted = from + empty;
@@ -95,7 +113,7 @@ fn csv(text: &str, name: &str) -> Result<File> {
         let question = field(question)?;
         let choices = choices.into_iter().map(|c| Ok(field(c)?.to_owned())).collect::<Result<Vec<_>>>()?;
         let letter = field(answer)?;
-        let answer = letter_index(letter, choices.len()).with_context(|| {
+        let answer = letter_index(&letter.to_ascii_uppercase(), choices.len()).with_context(|| {
             let letter = letter.escape_debug();
             format!("{place}: the answer is '{letter}', not the letter of one of {} choices", choices.len())
         })?;
@@ -133,25 +151,56 @@ fn letter_index(letter: &str, choices: usize) -> Option<usize> {
     (letters.next().is_none() && index < choices).then_some(index)
 }
 
+/// The questions of records, as they come.
+struct Gathered {
+    usual: Words,
+    words: Option<Words>,
+    items: Vec<(Option<String>, Item)>,
+}
+
+impl Gathered {
+    fn new(texts: bool) -> Gathered {
+        Gathered { usual: if texts { Words::Text } else { Words::English }, words: None, items: Vec::new() }
+    }
+
+    fn add(&mut self, value: &Map<String, Value>, place: String) -> Result<()> {
+        let these = if value.contains_key("endings") { Words::HellaSwag } else { self.usual };
+        ensure!(*self.words.get_or_insert(these) == these, "{place}: it has another layout than what is before it");
+        let (question, choices, answer) = match these {
+            Words::HellaSwag => hellaswag(value),
+            _ => question(value),
+        }
+        .map_err(|e| anyhow!("{place}: {e}"))?;
+        let subject = value.get("subject").and_then(Value::as_str).map(str::to_owned);
+        self.items.push((subject, these.item(&question, &choices, answer, place)));
+        Ok(())
+    }
+
+    fn file(self) -> File {
+        File { words: self.words.unwrap_or(self.usual), items: self.items }
+    }
+}
+
 fn lines(text: &str, name: &str, texts: bool) -> Result<File> {
-    let usual = if texts { Words::Text } else { Words::English };
-    let mut words = None;
-    let mut items = Vec::new();
+    let mut all = Gathered::new(texts);
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let place = format!("{name}, line {}", i + 1);
         let value: Map<String, Value> =
             serde_json::from_str(line).map_err(|e| anyhow!("{place}: not a JSON object: {e}"))?;
-        let these = if value.contains_key("endings") { Words::HellaSwag } else { usual };
-        ensure!(*words.get_or_insert(these) == these, "{place}: it has another layout than the lines before it");
-        let (question, choices, answer) = match these {
-            Words::HellaSwag => hellaswag(&value),
-            _ => question(&value),
-        }
-        .map_err(|e| anyhow!("{place}: {e}"))?;
-        let subject = value.get("subject").and_then(Value::as_str).map(str::to_owned);
-        items.push((subject, these.item(&question, &choices, answer, place)));
+        all.add(&value, place)?;
     }
-    Ok(File { words: words.unwrap_or(usual), items })
+    Ok(all.file())
+}
+
+/// The questions of a file that training data may be of, too.
+fn records(path: &Path, name: &str, texts: bool) -> Result<File> {
+    let mut all = Gathered::new(texts);
+    data::read(path, &data::Done::default(), &mut |number, record| match record {
+        Ok(Record::Fields(value)) => all.add(&value, format!("{name}, record {number}")),
+        Ok(Record::Part { .. }) => bail!("{name}: this is plain text, no questions"),
+        Err(why) => bail!("{name}, record {number}: {why}"),
+    })?;
+    Ok(all.file())
 }
 
 type Asked = (String, Vec<String>, usize);

@@ -12,7 +12,7 @@ mod conversation;
 pub mod dataset;
 mod encode;
 mod layout;
-mod read;
+pub(crate) mod read;
 pub mod report;
 pub mod show;
 mod source;
