@@ -9,7 +9,7 @@ use crate::packing::{self, Rows};
 use crate::{Error, Result};
 use rushlight_quant::formats::Format;
 use serde_json::{Value as Json, json};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -331,7 +331,7 @@ struct Saved {
 
 fn groups<'a>(dir: &Path, model: &Model, wholes: &[Whole<'a>]) -> Result<Vec<Group<'a>>> {
     let family = model.family;
-    let mut groups: Vec<Group<'a>> = Vec::new();
+    let (mut groups, mut places) = (Vec::<Group<'a>>::new(), HashMap::<String, usize>::new());
     for whole in wholes {
         let (role, layer) = (whole.role, whole.layer);
         let module = match role {
@@ -341,10 +341,11 @@ fn groups<'a>(dir: &Path, model: &Model, wholes: &[Whole<'a>]) -> Result<Vec<Gro
         let (module, name) = module.ok_or_else(|| Error::file(dir, format!("{role:?} has no name that PEFT knows")))?;
         let parts = packing::parts(module, family.packing(Naming::HuggingFace, module), &model.spec, layer);
         let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
-        match groups.iter_mut().find(|g| g.name == name) {
-            Some(group) => group.parts.push((*whole, rows)),
-            None => groups.push(Group { name, role: module, layer, parts: vec![(*whole, rows)] }),
+        let at = *places.entry(name.clone()).or_insert(groups.len());
+        if at == groups.len() {
+            groups.push(Group { name, role: module, layer, parts: Vec::new() });
         }
+        groups[at].parts.push((*whole, rows));
     }
     let incomplete = |g: &&Group<'_>| {
         let parts = packing::parts(g.role, family.packing(Naming::HuggingFace, g.role), &model.spec, g.layer);
@@ -414,7 +415,8 @@ fn saved_names<'a>(model: &Model, saved: impl Iterator<Item = &'a str>) -> Vec<S
     let saved: Vec<&str> = saved.collect();
     let linears = model.linears().filter_map(|l| model.module(Naming::HuggingFace, l.role, l.layer));
     let names = linears.map(|(_, name)| name).chain(model.family.name(Naming::HuggingFace, Role::Embedding, 0));
-    let others: Vec<String> = names.filter(|name| !saved.contains(&name.as_str())).collect();
+    let own: HashSet<&str> = saved.iter().copied().collect();
+    let others: HashSet<String> = names.filter(|name| !own.contains(name.as_str())).collect();
     let mut told: Vec<String> = Vec::new();
     for name in saved {
         let end = name.rsplit('.').next().unwrap_or(name);
