@@ -16,8 +16,8 @@ pub enum Lesson {
     Tokens { ids: Vec<i64>, labels: Vec<i64> },
 }
 
-/// Names of columns that hold lists.
-const LISTS: [&str; 5] = ["messages", "conversations", "conversation", "dialogue", "input_ids"];
+/// Names of the column that holds the turns of a conversation.
+const TURNS: &[&str] = &["messages", "conversations", "conversation", "dialogue"];
 
 /// What is asked of a template before a record is read.
 pub struct Asked<'a> {
@@ -134,7 +134,7 @@ fn lesson(fields: &Fields, asked: &Asked) -> Result<Lesson, String> {
     if fields.get("chosen").is_some() && fields.get("rejected").is_some() {
         return Err("a choice between two answers (chosen, rejected), which is for preference training".into());
     }
-    if let Some(messages) = fields.list(&LISTS[..4])? {
+    if let Some(messages) = fields.list(TURNS)? {
         if let Some(Value::Bool(label)) = fields.get("label") {
             fields.mark("label");
             if !label {
@@ -292,8 +292,10 @@ impl<'a> Fields<'a> {
         if self.0.is_empty() {
             return "the record is empty".into();
         }
-        if let Some((name, ..)) =
-            self.0.iter().find(|f| f.1.is_null() && (is_known(&f.0) || LISTS.contains(&f.0.as_str())))
+        if let Some((name, ..)) = self
+            .0
+            .iter()
+            .find(|f| f.1.is_null() && (is_known(&f.0) || TURNS.contains(&f.0.as_str()) || f.0 == "input_ids"))
         {
             return format!("{name} is null");
         }

@@ -116,7 +116,8 @@ impl fmt::Display for Report {
             file.notes.iter().try_for_each(|(note, n)| writeln!(f, "  {n} {note}"))?;
             if !file.unused.is_empty() {
                 let names: Vec<&str> = file.unused.iter().map(String::as_str).collect();
-                writeln!(f, "  nothing is learned from its columns {}", names.join(", "))?;
+                let s = if names.len() == 1 { "" } else { "s" };
+                writeln!(f, "  nothing is learned from its column{s} {}", names.join(", "))?;
             }
         }
         Ok(())

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::fmt;
 use std::io::{BufRead, Read};
 
-/// One object a line.
+/// One object a line, or an object that holds a list of them.
 pub fn lines(mut reader: impl BufRead, each: Each) -> Result<()> {
     let (mut line, mut number) = (Vec::new(), 0);
     loop {
@@ -19,7 +19,17 @@ pub fn lines(mut reader: impl BufRead, each: Each) -> Result<()> {
             bail!("line {number} has more than 256 MiB: this is not one object a line");
         }
         if !line.trim_ascii().is_empty() {
-            each(number, parse(&line))?;
+            match parse(&line) {
+                Ok(Record::Fields(map)) if holds_records(&map) => {
+                    let lists = map.into_values().filter(is_list_of_objects);
+                    let records = lists.flat_map(|list| match list {
+                        Value::Array(records) => records,
+                        _ => Vec::new(),
+                    });
+                    records.map(fields).try_for_each(|record| each(number, record))?;
+                }
+                record => each(number, record)?,
+            }
         }
     }
 }
@@ -59,18 +69,14 @@ fn by_line(begin: &[u8]) -> bool {
     line.starts_with(b"{") && serde_json::from_slice::<Map<String, Value>>(line).is_ok_and(|map| !holds_records(&map))
 }
 
-/// Whether `begin`, of a file that is called JSONL, is one line with an object that holds a list of records.
-pub fn is_one_list(begin: &[u8]) -> bool {
-    let lines = begin.trim_ascii().split(|&b| b == b'\n').take(2);
-    let maps: Vec<_> = lines.map(|line| serde_json::from_slice::<Map<String, Value>>(line).ok()).collect();
-    matches!(&maps[..], [Some(map)] if holds_records(map))
-}
-
 /// Whether a list of objects is among the members, and nothing that a record has.
 fn holds_records(map: &Map<String, Value>) -> bool {
-    let list = |value: &Value| value.as_array().and_then(|list| list.first()).is_some_and(Value::is_object);
-    map.iter().any(|(name, value)| !FIELDS.contains(&name.as_str()) && list(value))
+    map.values().any(is_list_of_objects)
         && !map.keys().any(|name| FIELDS.contains(&name.as_str()) || layout::is_known(name))
+}
+
+fn is_list_of_objects(value: &Value) -> bool {
+    value.as_array().and_then(|list| list.first()).is_some_and(Value::is_object)
 }
 
 struct Give<'a> {

@@ -73,13 +73,12 @@ pub fn read(path: &Path, done: &Done, each: Each) -> Result<&'static str> {
     if begin.starts_with(b"\xEF\xBB\xBF") {
         reader.consume(3);
     }
-    let begin = reader.fill_buf().with_context(|| name.to_string())?;
-    let (first, one_list) = (begin.trim_ascii_start().first().copied(), json::is_one_list(begin));
+    let first = reader.fill_buf().with_context(|| name.to_string())?.trim_ascii_start().first().copied();
     let done = match (extension.as_str(), first) {
         ("csv", _) => table::read(reader, None, each).map(|()| "line"),
         ("tsv" | "tab", _) => table::read(reader, Some(b'\t'), each).map(|()| "line"),
         ("txt" | "text" | "raw" | "md", _) => text::read(reader, each).map(|()| "part"),
-        ("jsonl" | "ndjson", Some(b'{')) if !one_list => json::lines(reader, each).map(|()| "line"),
+        ("jsonl" | "ndjson", Some(b'{')) => json::lines(reader, each).map(|()| "line"),
         (_, Some(b'{' | b'[')) => json::read(reader, each),
         ("json" | "jsonl" | "ndjson", _) => Err(anyhow!("this is no JSON: it begins with neither {{ nor [")),
         _ => Err(anyhow!("not a format of examples: those are .jsonl, .json, .csv, .tsv, .xlsx, .parquet and .txt")),

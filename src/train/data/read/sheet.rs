@@ -103,6 +103,10 @@ fn finish(header: &mut Option<Row>, row: Row, number: u64, each: Each) -> Result
 
 /// A date, a time or a span as people write them.
 fn moment(d: &ExcelDateTime) -> String {
+    // Beyond the year 9999 it is no date, whatever the file says.
+    if !(0.0..2_958_466.0).contains(&d.as_f64()) {
+        return d.as_f64().to_string();
+    }
     let milliseconds = (d.as_f64() * 86_400_000.0).round().max(0.0) as u64;
     let seconds = milliseconds / 1000 % 60;
     if d.is_duration() {
@@ -144,5 +148,8 @@ mod tests {
         assert_eq!(told(45351.541666666664, DateTime), "2024-02-29 13:00:00");
         assert_eq!(told(0.3125, DateTime), "07:30:00");
         assert_eq!(told(1.25, TimeDelta), "30:00:00");
+        for odd in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
+            assert_eq!(told(odd, DateTime), odd.to_string());
+        }
     }
 }

@@ -116,6 +116,8 @@ fn layouts_are_told_by_their_columns() {
         ("a.json", pretty(&format!(r#"{{"version":1,"data":[{messages}],"tags":["x"]}}"#))),
         ("a.json", format!(r#"{{"version":1,"data":[{messages}]}}"#)),
         ("a.jsonl", format!(r#"{{"data":[{messages}]}}"#)),
+        ("a.jsonl", format!(r#"{{"about":"{}","data":[{messages}]}}"#, "x".repeat(100_000))),
+        ("a.json", format!(r#"{{"about":"{}","data":[{messages}]}}"#, "x".repeat(100_000))),
         ("a.jsonl", r#"{"prompt":"hi","completion":"yes","sources":[{"page":1}]}"#.into()),
         ("a.json", r#"{"prompt":"hi","completion":"yes","sources":[{"page":1}]}"#.into()),
         ("a.jsonl", format!("\u{feff}{sharegpt}\r\n\n")),
@@ -296,11 +298,11 @@ fn columns_that_teach_nothing_are_named() {
     let room = Room::new();
     let of = |line: &str| room.load("a.jsonl", line).unwrap().report.to_string();
     let told = of(r#"{"document":"a text","Summary":"short","empty":"","none":null}"#);
-    assert!(told.contains("nothing is learned from its columns summary\n"), "{told}");
+    assert!(told.contains("nothing is learned from its column summary\n"), "{told}");
     let told = of(r#"{"question":"q","choices":["a","b"],"answer":1}"#);
-    assert!(told.contains("columns choices\n"), "{told}");
+    assert!(told.contains("column choices\n"), "{told}");
     let told = of(r#"{"question":"q","text":"t"}"#);
-    assert!(told.contains("1 texts") && told.contains("columns question\n"), "{told}");
+    assert!(told.contains("1 texts") && told.contains("column question\n"), "{told}");
     for line in [
         r#"{"instruction":"a","input":"b","output":"c","history":[["q","r"]],"system":"S"}"#,
         r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"label":true,"tools":[]}"#,
