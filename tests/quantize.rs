@@ -454,16 +454,19 @@ fn killed_at_any_moment_nothing_has_the_name() {
     shapes[0].1[0] = 20_000;
     model_of(&source, &shapes, &|_, _| {});
     let args = [source.as_str(), "-o", &out, "-t", "Q3_K_S", "--threads", "1", "--quiet"];
-    let mut caught = 0;
+    let (mut caught, mut finished) = (0, Vec::new());
     for delay in [20, 60, 100, 150, 200] {
         let mut child = place.command(&args).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(delay));
         child.kill().unwrap();
-        if !child.wait().unwrap().success() {
-            caught += 1;
-            assert!(!Path::new(&out).exists());
-        } else {
-            std::fs::remove_file(&out).unwrap();
+        child.wait().unwrap();
+        // What has the name is whole, also where the end came right behind it.
+        match std::fs::read(&out) {
+            Ok(bytes) => {
+                finished.push(bytes);
+                std::fs::remove_file(&out).unwrap();
+            }
+            Err(_) => caught += 1,
         }
     }
     assert!(caught > 0);
@@ -471,6 +474,8 @@ fn killed_at_any_moment_nothing_has_the_name() {
     place.ok(&args);
     assert_eq!(place.files(), ["m.gguf", "out.gguf"]);
     assert_eq!(formats(&out)["blk.0.attn_q.weight"], Format::Q3_K);
+    let whole = std::fs::read(&out).unwrap();
+    assert!(finished.iter().all(|bytes| *bytes == whole));
 }
 
 #[test]
