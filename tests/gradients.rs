@@ -380,7 +380,7 @@ fn check_packed(model: &Model, label: &str) {
         let mut packed = learner(model, isa);
         let (loss, got) = gradients(&mut packed, &batch);
         assert!((loss / want_loss - 1.0).abs() < near, "{label} {isa:?}: {loss} {want_loss}");
-        for (n, (got, want)) in got.iter().zip(&want).enumerate() {
+        for (n, (got, want)) in got.iter().zip(want.iter()).enumerate() {
             let off = lesson::relative(got, want);
             assert!(off < near, "{label} {isa:?} {}: {off}", packed.params().list[n].name);
         }

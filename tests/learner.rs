@@ -5,7 +5,7 @@ mod lesson;
 
 use golden::{json, shared};
 use lesson::{Adam, examples, learner, length, named, relative, tensors};
-use rushlight::train::batch::Loss;
+use rushlight::train::batch::{Example, Loss};
 use rushlight::train::tape::{Checkpointing, Learner, LoraConfig, Method, memory};
 use rushlight_models::checkpoint::Checkpoint;
 use rushlight_models::model::Model;
@@ -205,5 +205,30 @@ fn memory_is_as_planned() {
                 assert_eq!(plan.params, 4 * learner.params().count() as u64);
             }
         }
+    }
+}
+
+#[test]
+fn gradients_know_which_experts_were_met() {
+    let Some(dir) = shared("fixtures/families/mixtral") else { return };
+    for method in [Method::Lora(LoraConfig::default()), Method::Full] {
+        let mut learner = learner(&dir, 1, &method);
+        let mut gradients = learner.params().gradients();
+        // Two tokens choose four experts of a layer at most.
+        let batch = [Example::from_labels(vec![5, 9], &[None, Some(9)])];
+        learner.backward(&batch, 0, &mut gradients).unwrap();
+        let (mut met, mut idle) = (0, 0);
+        for (i, param) in learner.params().list.iter().enumerate() {
+            let zero = gradients[i].iter().all(|g| *g == 0.0);
+            assert_eq!(param.idles, param.name.contains(".experts."), "{}", param.name);
+            match (param.idles, gradients.met(i)) {
+                (true, true) => met += 1,
+                (true, false) => (idle, _) = (idle + 1, assert!(zero)),
+                (false, is_met) => assert!(is_met, "{}", param.name),
+            }
+        }
+        assert!(met > 0 && idle > 0, "{met} {idle}");
+        gradients.clear();
+        assert!((0..gradients.len()).all(|i| !gradients.met(i)));
     }
 }

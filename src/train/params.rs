@@ -1,6 +1,7 @@
 //! The numbers that training changes, in f32 and in a fixed order.
 
 use rushlight_quant::buffer::Aligned;
+use std::ops::{Deref, DerefMut};
 
 /// One trained tensor.
 #[derive(Clone, Debug)]
@@ -15,6 +16,8 @@ pub struct Param {
     pub rate: f32,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Whether a step leaves it alone in which nothing met it, as PyTorch's optimizers do: an expert that no token chose.
+    pub idles: bool,
 }
 
 /// All trained tensors.
@@ -24,8 +27,52 @@ pub struct Params {
     pub list: Vec<Param>,
 }
 
-/// A gradient for each of [`Params::list`], of the same length.
-pub type Gradients = Vec<Aligned<f32>>;
+/// A gradient for each of [`Params::list`], of the same length, and whether something has been added to it.
+#[derive(Clone, Debug, Default)]
+pub struct Gradients {
+    list: Vec<Aligned<f32>>,
+    met: Vec<bool>,
+}
+
+impl Gradients {
+    /// Zeros again.
+    pub fn clear(&mut self) {
+        self.list.iter_mut().for_each(|g| g.fill(0.0));
+        self.met.fill(false);
+    }
+
+    /// The gradient of parameter `param`, to be added to.
+    pub fn meet(&mut self, param: usize) -> &mut [f32] {
+        self.met[param] = true;
+        &mut self.list[param]
+    }
+
+    /// Whether something has been added to that of parameter `param`.
+    pub fn met(&self, param: usize) -> bool {
+        self.met[param]
+    }
+}
+
+impl FromIterator<Aligned<f32>> for Gradients {
+    fn from_iter<I: IntoIterator<Item = Aligned<f32>>>(list: I) -> Gradients {
+        let list: Vec<_> = list.into_iter().collect();
+        Gradients { met: vec![false; list.len()], list }
+    }
+}
+
+impl Deref for Gradients {
+    type Target = [Aligned<f32>];
+
+    fn deref(&self) -> &[Aligned<f32>] {
+        &self.list
+    }
+}
+
+impl DerefMut for Gradients {
+    fn deref_mut(&mut self) -> &mut [Aligned<f32>] {
+        &mut self.list
+    }
+}
 
 impl Params {
     /// Zeros in the shape of the parameters.

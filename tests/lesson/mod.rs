@@ -59,7 +59,7 @@ pub fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
 
 /// Gradients by the names of their parameters, `by` times as large.
 pub fn named(params: &Params, gradients: &Gradients, by: f64) -> BTreeMap<String, Vec<f32>> {
-    let each = params.list.iter().zip(gradients);
+    let each = params.list.iter().zip(gradients.iter());
     each.map(|(p, g)| (p.name.clone(), g.iter().map(|&x| (f64::from(x) * by) as f32).collect())).collect()
 }
 
@@ -124,7 +124,7 @@ pub fn check_some(
     let mut spare = learner.params().gradients();
     for n in (0..gradients.len()).filter(|&n| wanted(&names[n])) {
         let gradient = &gradients[n];
-        let own = length(&vec![gradient.clone()], 1.0);
+        let own = length(&Gradients::from_iter([gradient.clone()]), 1.0);
         let random: Vec<f32> = (0..gradient.len()).map(|i| noise(77 + n as u64, i)).collect();
         let random_length = random.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let along = |i: usize| {
@@ -180,7 +180,7 @@ impl Adam {
         self.step += 1;
         self.moments.resize_with(gradients.len(), Vec::new);
         let (c1, c2) = (1.0 - 0.9f64.powi(self.step), 1.0 - 0.999f64.powi(self.step));
-        for ((p, g), moments) in params.list.iter_mut().zip(gradients).zip(&mut self.moments) {
+        for ((p, g), moments) in params.list.iter_mut().zip(gradients.iter()).zip(&mut self.moments) {
             moments.resize(g.len(), [0.0; 2]);
             for ((x, g), [m, v]) in p.values.iter_mut().zip(g.iter()).zip(moments) {
                 let g = f64::from(*g) * by;

@@ -35,6 +35,9 @@ pub struct Progress {
     pub step: u64,
     /// Updates that the optimizer made.
     pub updates: u64,
+    /// Those of each parameter, where some were idle.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub uneven: Vec<u64>,
     /// Tokens that went through the model.
     pub tokens: u64,
     /// Seconds at work.
@@ -211,7 +214,12 @@ pub fn read(path: &Path, params: &mut Params, mut optimizer: Option<&mut Optimiz
     }
     drop(all);
     if let Some(optimizer) = optimizer {
-        optimizer.updates = description.progress.updates;
+        let Progress { updates, uneven, .. } = &description.progress;
+        ensure!(
+            optimizer.resume(*updates, uneven),
+            "{}: it counts the steps of other parameters; {OTHERS}",
+            path.display()
+        );
     }
     Ok(description.progress)
 }
@@ -356,6 +364,7 @@ impl Checkpoints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::params::Gradients;
     use crate::train::params::Param;
     use crate::train::run::optimizer::Rule;
     use rushlight_quant::buffer::Aligned;
@@ -364,7 +373,7 @@ mod tests {
         let param = |name: &str, len: usize| {
             let mut values = Aligned::zeroed(len);
             values.iter_mut().enumerate().for_each(|(i, v)| *v = fill + i as f32);
-            Param { name: name.into(), shape: vec![len], values, rate: 1.0, decay: true }
+            Param { name: name.into(), shape: vec![len], values, rate: 1.0, decay: true, idles: false }
         };
         Params { list: vec![param("a", 300), param("b", 5)] }
     }
@@ -384,14 +393,21 @@ mod tests {
         for rule in [Rule::Adamw, Rule::Adamw8bit, Rule::Sgd] {
             checkpoints.clear().unwrap();
             let (mut p, mut o) = run(rule);
-            let progress = Progress { step: 7, updates: 1, best: Some((0.1 + 0.2, 3)), ..Progress::default() };
+            // One of the parameters idles for a step.
+            let mut g: Gradients = params(0.3).list.into_iter().map(|p| p.values).collect();
+            p.list[0].idles = true;
+            o.step(&mut p, &g, 1.0, 0.1);
+            let uneven = o.uneven();
+            assert_eq!((uneven[0], uneven[1]), (1, 2));
+            let progress = Progress { step: 7, updates: 2, uneven, best: Some((0.1 + 0.2, 3)), ..Progress::default() };
             checkpoints.save(&progress, &p, &o).unwrap();
             let mut back = params(0.0);
+            back.list[0].idles = true;
             let mut optimizer = Optimizer::new(rule, &back, 0.0, 1);
             let read = checkpoints.load(&mut back, &mut optimizer, &mut |n| panic!("{n}")).unwrap().unwrap();
             assert_eq!(read, progress);
             // Going on from either gives the same.
-            let g: Vec<_> = params(0.3).list.into_iter().map(|p| p.values).collect();
+            g.meet(0);
             o.step(&mut p, &g, 1.0, 0.1);
             optimizer.step(&mut back, &g, 1.0, 0.1);
             let bits =

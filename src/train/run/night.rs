@@ -250,7 +250,7 @@ impl Night<'_> {
         let item = (step % per_epoch) as usize * self.settings.batch;
         self.batches.seek(Position { epoch: step / per_epoch, item });
         let examples = self.train.batch(&self.batches.next_batch());
-        self.gradients.iter_mut().for_each(|g| g.fill(0.0));
+        self.gradients.clear();
         let mut loss = Loss::default();
         for (i, group) in micro_batches(&examples, self.settings.rows).into_iter().enumerate() {
             if self.stop.load(Ordering::Relaxed) {
@@ -276,6 +276,7 @@ impl Night<'_> {
         let scale = mean * clip(grad_norm, self.settings.clip);
         self.optimizer.step(self.lesson.params_mut(), &self.gradients, scale as f32, lr);
         self.progress.updates = self.optimizer.updates;
+        self.progress.uneven = self.optimizer.uneven();
         let seconds = started.elapsed().as_secs_f64();
         self.progress.seconds += seconds;
         Ok(Some(Line::Step(StepLine { step: number, loss: loss.mean(), grad_norm, lr, tokens, seconds })))

@@ -70,6 +70,8 @@ pub struct Optimizer {
     codes: (Codes, Codes),
     /// Updates made.
     pub updates: u64,
+    /// Of each parameter: fewer where it was idle.
+    counts: Vec<u64>,
     /// One for each parameter, in their order.
     pub states: Vec<State>,
 }
@@ -93,17 +95,31 @@ impl Optimizer {
         };
         let states = params.list.iter().map(state).collect();
         let codes = (Codes::signed(), Codes::unsigned());
-        Optimizer { rule, decay: decay as f32, threads: threads.max(1), codes, updates: 0, states }
+        Optimizer {
+            rule,
+            decay: decay as f32,
+            threads: threads.max(1),
+            codes,
+            updates: 0,
+            counts: vec![0; params.list.len()],
+            states,
+        }
     }
 
     /// One update with gradients times `scale`, at the learning rate `rate`.
     pub fn step(&mut self, params: &mut Params, gradients: &Gradients, scale: f32, rate: f64) {
         self.updates += 1;
-        // As torch.optim.AdamW: the corrections in f64, the rest in the parameters' own precision.
-        let correct = |beta: f64| 1.0 - beta.powf(self.updates as f64);
-        let corrections = (correct(BETAS.0), correct(BETAS.1).sqrt());
         let threads = self.threads;
-        for ((param, state), gradient) in params.list.iter_mut().zip(&mut self.states).zip(gradients) {
+        let states = self.states.iter_mut().zip(&mut self.counts);
+        for (i, (param, (state, count))) in params.list.iter_mut().zip(states).enumerate() {
+            if param.idles && !gradients.met(i) {
+                continue;
+            }
+            *count += 1;
+            // As torch.optim.AdamW: the corrections in f64, the rest in the parameters' own precision.
+            let correct = |beta: f64| 1.0 - beta.powf(*count as f64);
+            let corrections = (correct(BETAS.0), correct(BETAS.1).sqrt());
+            let gradient = &gradients[i];
             let rate = rate * f64::from(param.rate);
             let decay = if param.decay { self.decay } else { 0.0 };
             let each = Each {
@@ -133,6 +149,26 @@ impl Optimizer {
                 }
             }
         }
+    }
+
+    /// The updates of each parameter, where they are not all alike; else nothing.
+    pub fn uneven(&self) -> Vec<u64> {
+        if self.counts.iter().all(|n| *n == self.updates) { Vec::new() } else { self.counts.clone() }
+    }
+
+    /// Takes up where `updates` were made, and `uneven` ones of each parameter. False: there are not so many parameters.
+    #[must_use]
+    pub fn resume(&mut self, updates: u64, uneven: &[u64]) -> bool {
+        self.updates = updates;
+        self.counts.fill(updates);
+        if uneven.is_empty() {
+            return true;
+        }
+        let fits = uneven.len() == self.counts.len();
+        if fits {
+            self.counts.copy_from_slice(uneven);
+        }
+        fits
     }
 
     /// The rule.
@@ -242,7 +278,7 @@ mod tests {
     fn param(values: &[f32], rate: f32, decay: bool) -> Param {
         let mut aligned = Aligned::zeroed(values.len());
         aligned.copy_from_slice(values);
-        Param { name: "p".into(), shape: vec![values.len()], values: aligned, rate, decay }
+        Param { name: "p".into(), shape: vec![values.len()], values: aligned, rate, decay, idles: false }
     }
 
     fn gradients(list: &[&[f32]]) -> Gradients {
@@ -279,6 +315,30 @@ mod tests {
         let mut params = Params { list: vec![param(&[0.0], 1.0, true), param(&[0.0], 16.0, false)] };
         Optimizer::new(Rule::Adamw, &params, 0.0, 1).step(&mut params, &gradients(&[&[7.0], &[-7.0]]), 0.01, 0.1);
         assert!((params.list[0].values[0] + 0.1).abs() < 1e-6 && (params.list[1].values[0] - 1.6).abs() < 1e-5);
+    }
+
+    #[test]
+    fn what_idles_is_left_alone_and_counts_its_own_steps() {
+        let idle = |values: &[f32]| Param { idles: true, ..param(values, 1.0, true) };
+        let mut params = Params { list: vec![idle(&[1.0]), param(&[1.0], 1.0, true)] };
+        let mut optimizer = Optimizer::new(Rule::Adamw, &params, 0.1, 1);
+        let mut g = gradients(&[&[0.0], &[0.0]]);
+        optimizer.step(&mut params, &g, 1.0, 0.1);
+        // No decay; the other one has some.
+        assert_eq!((params.list[0].values[0], params.list[1].values[0]), (1.0, 0.99));
+        assert_eq!(optimizer.uneven(), [0, 1]);
+        let again = |params: &Params| {
+            let mut other = Optimizer::new(Rule::Adamw, params, 0.1, 1);
+            assert!(other.resume(1, &[0, 1]) && !other.clone().resume(1, &[1]));
+            other
+        };
+        let mut resumed = (params.clone(), again(&params));
+        g.meet(0)[0] = 3.0;
+        optimizer.step(&mut params, &g, 1.0, 0.1);
+        resumed.1.step(&mut resumed.0, &g, 1.0, 0.1);
+        // Its first step goes as far as a first step does.
+        assert!((params.list[0].values[0] - (0.99 - 0.1)).abs() < 1e-6);
+        assert_eq!(params.list[0].values[0], resumed.0.list[0].values[0]);
     }
 
     #[test]

@@ -26,7 +26,8 @@ struct Bigrams {
 impl Bigrams {
     fn new() -> Bigrams {
         let values = Aligned::zeroed(TOKENS * TOKENS);
-        let table = Param { name: "table".into(), shape: vec![TOKENS, TOKENS], values, rate: 1.0, decay: true };
+        let table =
+            Param { name: "table".into(), shape: vec![TOKENS, TOKENS], values, rate: 1.0, decay: true, idles: false };
         Bigrams { params: Params { list: vec![table] }, passes: 0, nan_from: u64::MAX, saved: Vec::new() }
     }
 

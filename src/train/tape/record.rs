@@ -280,7 +280,7 @@ impl<'a> Tape<'a> {
     /// When the tape only computes.
     pub fn gradient(&mut self, param: usize) -> Result<&mut [f32]> {
         match &mut self.gradients {
-            Some(gradients) => Ok(&mut gradients[param]),
+            Some(gradients) => Ok(gradients.meet(param)),
             None => Err(Error::model("a tape without gradients cannot go back")),
         }
     }

@@ -36,6 +36,7 @@ pub(super) fn set_up(model: &Model, method: &Method, seed: u64) -> Result<Setup>
         Method::Full => setup.full(),
         Method::Prefix { tokens } => setup.prefix(*tokens)?,
     }
+    setup.mark_experts();
     Ok(Setup { sites: setup.sites, params: setup.params, squares: setup.squares })
 }
 
@@ -53,8 +54,20 @@ impl Builder<'_> {
         let number = self.params.list.len();
         let mut values = Aligned::zeroed(shape.iter().product());
         fill(noise::key(self.seed, number), &mut values);
-        self.params.list.push(Param { name, shape: shape.to_vec(), values, rate, decay: true });
+        self.params.list.push(Param { name, shape: shape.to_vec(), values, rate, decay: true, idles: false });
         number
+    }
+
+    /// Experts that are modules of their own have no gradient in PyTorch where no token chose them.
+    fn mark_experts(&mut self) {
+        let own = |l: &&Linear| l.role.expert().is_some() && module(self.model, l).is_some();
+        for linear in self.model.linears().filter(own) {
+            let site = &self.sites.linears[linear.id];
+            let lora = site.lora.iter().flat_map(|lora| [Some(lora.a), Some(lora.b), lora.magnitude]);
+            for param in lora.chain([site.weight, site.bias]).flatten() {
+                self.params.list[param].idles = true;
+            }
+        }
     }
 
     fn learns(&mut self, linear: &Linear) {
