@@ -126,7 +126,8 @@ impl Builder<'_> {
         let magnitude = config.dora.then(|| {
             let lengths = lengths(&linear.weight);
             self.squares.push(lengths.iter().map(|length| length * length).collect());
-            self.param(format!("{}.lora_magnitude{part}", module.name), &[rows], 1.0, |_, values| {
+            // PEFT's optimizer for LoRA+ has vectors learn as fast as B.
+            self.param(format!("{}.lora_magnitude{part}", module.name), &[rows], rate, |_, values| {
                 values.iter_mut().zip(lengths).for_each(|(m, length)| *m = length as f32);
             })
         });
