@@ -245,11 +245,8 @@ fn modules(path: &Path, model: &Model, naming: Naming, rank: usize, pairs: &[Pai
     let mut groups: BTreeMap<(usize, String), (Role, Parts<'_>)> = BTreeMap::new();
     for pair in pairs {
         let (role, layer) = (pair.role, pair.layer);
-        let (whole, name) = model
-            .module(naming, role, layer)
+        let (whole, name, rows) = seat(model, naming, role, layer)
             .ok_or_else(|| wrong(format!("{role:?} of layer {layer} has no name to be written under")))?;
-        let parts = packing::parts(whole, family.packing(naming, whole), &model.spec, layer);
-        let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
         groups.entry((layer, name)).or_insert_with(|| (whole, Vec::new())).1.push((*pair, rows));
     }
     let mut modules = Vec::with_capacity(groups.len());
@@ -334,13 +331,9 @@ fn groups<'a>(dir: &Path, model: &Model, wholes: &[Whole<'a>]) -> Result<Vec<Gro
     let (mut groups, mut places) = (Vec::<Group<'a>>::new(), HashMap::<String, usize>::new());
     for whole in wholes {
         let (role, layer) = (whole.role, whole.layer);
-        let module = match role {
-            Role::Embedding => family.name(Naming::HuggingFace, role, layer).map(|name| (role, name)),
-            _ => model.module(Naming::HuggingFace, role, layer).filter(|m| !family.stacked(Naming::HuggingFace, m.0)),
-        };
-        let (module, name) = module.ok_or_else(|| Error::file(dir, format!("{role:?} has no name that PEFT knows")))?;
-        let parts = packing::parts(module, family.packing(Naming::HuggingFace, module), &model.spec, layer);
-        let rows = parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows);
+        let (module, name, rows) = seat(model, Naming::HuggingFace, role, layer)
+            .filter(|(module, ..)| !family.stacked(Naming::HuggingFace, *module))
+            .ok_or_else(|| Error::file(dir, format!("{role:?} has no name that PEFT knows")))?;
         let at = *places.entry(name.clone()).or_insert(groups.len());
         if at == groups.len() {
             groups.push(Group { name, role: module, layer, parts: Vec::new() });
@@ -397,6 +390,14 @@ impl Group<'_> {
         }
         Ok(Saved { name, shape: vec![all, cols], values, bias })
     }
+}
+
+/// The module of files of `naming` that the matrix `role` is in, its name, and which of its rows are the matrix's: `None`
+/// where it is all of it.
+fn seat(model: &Model, naming: Naming, role: Role, layer: usize) -> Option<(Role, String, Option<Rows>)> {
+    let (module, name) = model.module(naming, role, layer)?;
+    let parts = packing::parts(module, model.family.packing(naming, module), &model.spec, layer);
+    Some((module, name, parts.into_iter().find(|(r, _)| *r == role).map(|(_, rows)| rows)))
 }
 
 /// Where a file has row `row` of the model's matrix, whose rows stand there in `order` and among others as `part` says.
